@@ -22,7 +22,7 @@ store=/models/base
 model_dir=$store/$SERVER_MODEL
 wanted="$SERVER_MODEL@$SERVER_MODEL_REVISION"
 token=/run/secrets/huggingface/token
-waiting=${SERVER_SOCKET:+${SERVER_SOCKET%/*}/waiting}  # healthcheck.py shows it
+waiting=${SERVER_SOCKET:+${SERVER_SOCKET%/*}/waiting}  # what healthcheck.py says before vLLM listens
 
 say() { echo "entrypoint.sh: $*"; }
 
@@ -37,7 +37,7 @@ download() {
     [[ $(cat "$part/.wanted" 2>/dev/null) == "$wanted" ]] || rm -rf "$part"
     mkdir -p "$part"
     echo "$wanted" >"$part/.wanted"
-    [[ -e $waiting ]] || say "fetching $wanted from ${HF_ENDPOINT:-the Hugging Face Hub}" >&2
+    [[ -s $waiting ]] || say "fetching $wanted from ${HF_ENDPOINT:-the Hugging Face Hub}" >&2
     if ! output=$(hf download "$SERVER_MODEL" --revision "$SERVER_MODEL_REVISION" --local-dir "$part" 2>&1); then
         reason "$output"
         return 1
@@ -55,7 +55,8 @@ download() {
 reason() {
     local error mend again="then server/update.sh --no-pull vllm-server"
     local put="sudo install -D -m 0400 -o 10001 -g 10000 TOKENFILE server/secrets/huggingface/token"
-    error=$(sed $'s/\e\\[[0-9;]*m//g' <<<"$1" | grep -m1 Error || tail -n1 <<<"$1")
+    error=$(grep -m1 -o 'Error: .*' <<<"$1" || tail -n1 <<<"$1")
+    error=${error#Error: } error=${error//$'\e[0m'/}
     case $error in
     *Revision*'not found'*)
         mend="name a revision that exists as SERVER_MODEL_REVISION in server/entrypoint.env, $again" ;;
@@ -70,7 +71,7 @@ reason() {
         error="uid 10001 cannot read server/secrets/huggingface/token"
         mend="sudo chown 10001:10000 server/secrets/huggingface/token"
     fi
-    say "no model $wanted: ${error#Error: } To mend it: $mend"
+    say "no model $wanted: $error To mend it: $mend"
 }
 
 # Under a lock, because update.sh fetches in a container of its own.
@@ -87,11 +88,12 @@ token_state() { stat -c '%Y %s %u' "$token" 2>/dev/null || true; }
 
 serve() {
     trap 'exit 0' TERM INT
+    [[ -z $waiting ]] || rm -f "$waiting"
     local said='' line before
     until line=$(fetch); do
         [[ $line == "$said" ]] || echo "$line"
         said=$line
-        [[ -z $waiting ]] || tail -n1 <<<"$line" >"$waiting"
+        [[ -z $waiting ]] || echo "${line#*: }" >"$waiting"
         before=$(token_state)
         for _ in {1..12}; do
             sleep 5 &
@@ -99,10 +101,9 @@ serve() {
             [[ $(token_state) == "$before" ]] || break
         done
     done
-    [[ -z $line ]] || echo "$line"
-    [[ -z $waiting ]] || rm -f "$waiting"
+    [[ -z $waiting ]] || echo "loading $wanted" >"$waiting"
 
-    local args=(
+    local url extra args=(
         --served-model-name "$SERVER_MODEL"
         --dtype "$SERVER_DTYPE"
         --max-model-len "$SERVER_MAX_MODEL_LEN"

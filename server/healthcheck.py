@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Ask a service on its Unix socket: `healthcheck.py SOCKET PATH`, exit 0 when it answers 200.
 
-A service that waits for a person (no model, say) leaves its reason in the file `waiting` beside the socket;
-it is printed, so that `docker inspect` shows it and the healer knows that a restart would not help.
+What a service does before it listens (waits for a model, loads it) stands in the file `waiting` beside the socket.
+It is printed, so that `docker inspect` shows it and the healer knows that a restart would not help.
 """
 
 import socket
@@ -21,9 +21,12 @@ def main() -> int:
             connection.connect(address)
             connection.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
             status = connection.recv(64).split(b"\r\n")[0].decode(errors="replace")
-    except OSError as error:
+    except (FileNotFoundError, ConnectionRefusedError) as error:
         waiting = Path(address).with_name("waiting")
-        print(f"waiting: {waiting.read_text()}" if waiting.exists() else f"{address}: {error}")
+        print(f"waiting: {waiting.read_text().strip()}" if waiting.exists() else f"{address}: {error}")
+        return 1
+    except OSError as error:
+        print(f"{address}: {error}")
         return 1
     print(status)
     return 0 if status.split()[1:2] == ["200"] else 1

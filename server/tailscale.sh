@@ -17,7 +17,7 @@ status() { tailscale status --json --peers=false 2>/dev/null; }
 
 running() { status | grep -q '"BackendState": "Running"'; }
 
-key_state() { cksum <"$authkey" 2>/dev/null || true; }
+key_state() { cksum "$authkey" 2>/dev/null || true; }
 
 health() {
     if [ -e "$refused" ]; then
