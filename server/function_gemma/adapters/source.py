@@ -41,7 +41,7 @@ def from_tar(stream: IO[bytes]) -> Iterator[tuple[str, IO[bytes]]]:
                 total += member.size
                 if members > _MAX_MEMBERS or total > _MAX_BYTES:
                     raise AdapterError(
-                        f"over {_MAX_MEMBERS} files or {_MAX_BYTES >> 30} GiB in the tar: pack the adapter alone"
+                        f"over {_MAX_MEMBERS} files or {_MAX_BYTES >> 30} GiB in the tar: pack one adapter"
                     )
                 path = PurePosixPath(member.name)
                 if path.is_absolute() or ".." in path.parts:
