@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from .errors import AdapterError, StoreError
 
@@ -24,7 +23,6 @@ LOCK = ".lock"
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _DIGEST = re.compile(r"[0-9a-f]{12}")
-_CHUNK = 1 << 20  # bytes
 
 
 def root() -> Path:
@@ -88,7 +86,7 @@ class Store:
             )
 
     @contextmanager
-    def stage(self, files: Iterable[tuple[str, IO[bytes]]]) -> Iterator[Staged]:
+    def stage(self, files: Iterable[tuple[str, Iterable[bytes]]]) -> Iterator[Staged]:
         """Copy `files` (name and content, each of `FILES` once) in; what is not installed goes again."""
         area = self.root / ".staging"
         try:
@@ -139,10 +137,10 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _copy(content: IO[bytes], target: Path) -> str:
+def _copy(content: Iterable[bytes], target: Path) -> str:
     sha256 = hashlib.sha256()
     with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444), "wb") as file:
-        while chunk := content.read(_CHUNK):
+        for chunk in content:
             sha256.update(chunk)
             file.write(chunk)
         file.flush()

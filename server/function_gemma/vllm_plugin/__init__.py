@@ -1,4 +1,4 @@
-"""The endpoint plugin for vLLM: routes that load, unload and list adapters, and one that says when all is well.
+"""The endpoint plugin for vLLM: routes that load, unload and list adapters, and one that says if all is well.
 
 They exist on vLLM's own socket; the gateway lets no caller reach them. vLLM's own routes of these names stay
 off (VLLM_ALLOW_RUNTIME_LORA_UPDATING).
