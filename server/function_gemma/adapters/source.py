@@ -42,20 +42,16 @@ def from_tar(stream: IO[bytes]) -> Iterator[tuple[str, Iterator[bytes]]]:
             total += member.size
             if members > _MAX_MEMBERS or total > _MAX_BYTES:
                 raise AdapterError(
-                    f"over {_MAX_MEMBERS} files or {_MAX_BYTES >> 30} GiB in the tar: pack one adapter and no more"
+                    f"over {_MAX_MEMBERS} files or {_MAX_BYTES >> 30} GiB in the tar: pack the adapter"
                 )
             path = PurePosixPath(member.name)
             if path.is_absolute() or ".." in path.parts:
-                raise AdapterError(
-                    f"the tar holds {path}, which leads out of it: pack it as `tar c NAME` does"
-                )
+                raise AdapterError(f"the tar holds {path}, which leads out of it: pack with `tar c NAME`")
             if member.isdir():
                 continue
             content = tar.extractfile(member) if member.isreg() else None
             if content is None:
-                raise AdapterError(
-                    f"{path} in the tar is a link or a device: `tar ch NAME` packs what links show"
-                )
+                raise AdapterError(f"{path} in the tar is a link or a device: `tar ch NAME` follows links")
             if path.name not in FILES or len(path.parts) > 2:
                 continue
             if any(path == other or path.parent != other.parent for other in taken):

@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,7 +124,10 @@ class Store:
 
     def discard(self, name: str, digest: str) -> None:
         """Remove a generation that was never served."""
-        shutil.rmtree(self.generation(name, digest))
+        path = self.generation(name, digest)
+        shutil.rmtree(path)
+        with suppress(OSError):  # others of its name stay
+            path.parent.rmdir()
 
 
 def _digest(hashes: dict[str, str]) -> str:
