@@ -86,12 +86,18 @@ keep_tags() {
 # Which services' images are to be built: `build`. Which containers compose would create, replace or start: `replace`.
 survey() {
     build=() replace=()
-    [[ -n $(docker image ls -q "vllm-gemma:$FUNCTION_GEMMA_TAG") ]] || build+=(vllm-server)
-    [[ -n $(docker image ls -q "tailscale-vllm:$TAILSCALE_VLLM_TAG") ]] || build+=(tailscale)
+    if wants vllm-server || wants agents; then
+        [[ -n $(docker image ls -q "vllm-gemma:$FUNCTION_GEMMA_TAG") ]] || build+=(vllm-server)
+    fi
+    if wants tailscale; then
+        [[ -n $(docker image ls -q "tailscale-vllm:$TAILSCALE_VLLM_TAG") ]] || build+=(tailscale)
+    fi
     local lines
     lines=$(compose --dry-run up -d --no-build ${no_deps:+--no-deps} "${services[@]}" 2>&1) || die "$lines"
     mapfile -t replace < <(sed -nE 's/.* Container ([0-9a-f]{12}_)?([^ ]+) +(Recreate|Creating|Starting)$/\2/p' <<<"$lines" | sort -u)
 }
+
+wants() { [[ ${#services[@]} -eq 0 || " ${services[*]} " == *" $1 "* ]]; }
 
 replaces() { [[ " ${replace[*]} " == *" $1 "* ]]; }
 
@@ -154,10 +160,17 @@ main() {
     keep_tags
     since=$(date +%s)
     [[ ${#replace[@]} -eq 0 ]] || compose up -d --no-build ${no_deps:+--no-deps} "${services[@]}"
-    [[ $(health) == healthy* ]] || follow "$since"
+    # Only what answers requests is proven by one: a node joins before there is a model.
+    if wants vllm-server || wants gateway; then
+        prove "$since"
+    fi
+    echo "changed=$changed"
+}
+
+prove() {
+    [[ $(health) == healthy* ]] || follow "$1"
     docker exec vllm-gemma python3 /usr/local/bin/test_connection.py --base-url http://127.0.0.1:8000/v1 \
         || die "the stack runs, but gave no reply, see above"
-    echo "changed=$changed"
 }
 
 {
