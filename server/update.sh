@@ -69,12 +69,16 @@ tags() {
     export FUNCTION_GEMMA_TAG TAILSCALE_VLLM_TAG GATEWAY_CONFIG_TAG
 }
 
-# A plain `docker compose up -d` later means the same images.
+# A plain `docker compose up -d` later means the same images; a tag whose image was not asked for stays what it was.
 keep_tags() {
-    local name env
-    env=$(sed -E '/^(FUNCTION_GEMMA_TAG|TAILSCALE_VLLM_TAG|GATEWAY_CONFIG_TAG)=/d' .env 2>/dev/null || true)
+    local env='' pattern='' name
+    for name in ${kept_tags[@]+"${kept_tags[@]}"}; do
+        pattern+="${pattern:+|}$name"
+    done
+    [[ $pattern ]] || return 0
+    env=$(sed -E "/^($pattern)=/d" .env 2>/dev/null || true)
     env+=${env:+$'\n'}
-    for name in FUNCTION_GEMMA_TAG TAILSCALE_VLLM_TAG GATEWAY_CONFIG_TAG; do
+    for name in "${kept_tags[@]}"; do
         env+="$name=${!name}"$'\n'
     done
     [[ $env != "$(cat .env 2>/dev/null)"$'\n' ]] || return 0
@@ -85,11 +89,16 @@ keep_tags() {
 
 # Which services' images are to be built: `build`. Which containers compose would create, replace or start: `replace`.
 survey() {
-    build=() replace=()
+    build=() replace=() kept_tags=()
+    if wants gateway; then
+        kept_tags+=(GATEWAY_CONFIG_TAG)
+    fi
     if wants vllm-server || wants agents; then
+        kept_tags+=(FUNCTION_GEMMA_TAG)
         [[ -n $(docker image ls -q "vllm-gemma:$FUNCTION_GEMMA_TAG") ]] || build+=(vllm-server)
     fi
     if wants tailscale; then
+        kept_tags+=(TAILSCALE_VLLM_TAG)
         [[ -n $(docker image ls -q "tailscale-vllm:$TAILSCALE_VLLM_TAG") ]] || build+=(tailscale)
     fi
     local lines
