@@ -102,7 +102,7 @@ survey() {
         [[ -n $(docker image ls -q "tailscale-vllm:$TAILSCALE_VLLM_TAG") ]] || build+=(tailscale)
     fi
     local lines
-    lines=$(compose --dry-run up -d --no-build ${no_deps:+--no-deps} "${services[@]}" 2>&1) || die "$lines"
+    lines=$(compose --dry-run up -d --no-build --pull never ${no_deps:+--no-deps} "${services[@]}" 2>&1) || die "$lines"
     mapfile -t replace < <(sed -nE 's/.* Container ([0-9a-f]{12}_)?([^ ]+) +(Recreate|Creating|Starting)$/\2/p' <<<"$lines" | sort -u)
 }
 
