@@ -36,16 +36,16 @@ class Server:
 
     def __init__(self, directory: Path) -> None:
         self.answers: list[tuple[str, int]] = []  # path and status of each answer
-        self.breaks_with: int | None = None  # a status for every answer
+        self.breaks_with: int | None = None  # a status for every answer, as the gateway gives it
         self.app = create_app(directory)
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
 
         @self.app.middleware("http")
         async def record(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-            response = (
-                Response(status_code=self.breaks_with) if self.breaks_with else await call_next(request)
-            )
+            if self.breaks_with:
+                return Response(status_code=self.breaks_with)
+            response = await call_next(request)
             self.answers.append((request.url.path, response.status_code))
             return response
 
