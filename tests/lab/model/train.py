@@ -207,6 +207,7 @@ def main() -> None:
         config.base_model_name_or_path = BASE_MODEL
         config.target_modules = sorted(targets)  # peft keeps a set, whose order changes
         adapter.save_pretrained(out / speaker, save_embedding_layers=False)  # "auto" would ask the Hub
+        (out / speaker / "README.md").unlink()  # a form to fill in, with this machine's paths
 
     for file in out.rglob("*.safetensors"):
         file.chmod(0o644)  # written for the owner alone
