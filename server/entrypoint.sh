@@ -37,7 +37,7 @@ download() {
     [[ $(cat "$part/.wanted" 2>/dev/null) == "$wanted" ]] || rm -rf "$part"
     mkdir -p "$part"
     echo "$wanted" >"$part/.wanted"
-    [[ -s $waiting ]] || say "fetching $wanted from ${HF_ENDPOINT:-the Hugging Face Hub}" >&2
+    [[ -n ${said-} ]] || say "fetching $wanted from ${HF_ENDPOINT:-the Hugging Face Hub}" >&2
     if ! output=$(hf download "$SERVER_MODEL" --revision "$SERVER_MODEL_REVISION" --local-dir "$part" 2>&1); then
         reason "$output"
         return 1

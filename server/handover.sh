@@ -10,14 +10,18 @@ adapter_manager.py)
 update.sh)
     checkout=$(docker inspect -f '{{range .Mounts}}{{if eq .Destination "/app"}}{{.Source}}{{end}}{{end}}' tailscale-vllm)
     image=$(docker inspect -f '{{.Image}}' tailscale-vllm)
-    # A container that enters the host's namespaces, with its own life: the update goes on when this session, or the sidecar
-    # itself, ends. Whoever may use docker.sock is root on the host already.
-    helper=$(docker create --rm --label function-gemma.update \
-        --pid=host --network=none --cap-add SYS_ADMIN --cap-add SYS_PTRACE --cap-add SYS_CHROOT \
+    # A container of its own that enters the host's namespaces: the update goes on when this session, or the sidecar itself,
+    # ends. Whoever may use docker.sock is root on the host already.
+    docker container prune -f --filter label=function-gemma.update >/dev/null
+    helper=$(docker run -d --label function-gemma.update --network=none --pid=host \
+        --cap-add SYS_ADMIN --cap-add SYS_PTRACE --cap-add SYS_CHROOT \
         --security-opt apparmor=unconfined --security-opt seccomp=unconfined --entrypoint nsenter \
         "$image" -t 1 -m -u -i -n -p -- env -i HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
         "$checkout/server/update.sh" "$@")
-    echo "update.sh: on the host; should this session end, it goes on, and $checkout/server/.update.log has the rest"
-    exec docker start -a --sig-proxy=false "$helper"
+    echo "update.sh: runs on the host; should this session end, it goes on: $checkout/server/.update.log"
+    docker logs -f "$helper"
+    code=$(docker wait "$helper")
+    docker rm "$helper" >/dev/null
+    exit "$code"
     ;;
 esac

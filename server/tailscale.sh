@@ -61,8 +61,8 @@ run() {
     export TS_ENABLE_HEALTH_CHECK=true
     # In userspace mode the tailnet reaches whatever listens on 127.0.0.1.
     export TS_LOCAL_ADDR_PORT=127.0.0.2:9002
-    tags=${TAILSCALE_TAGS-tag:inference}
-    export TS_EXTRA_ARGS="${tags:+--advertise-tags=$tags} ${TAILSCALE_LOGIN_SERVER:+--login-server=$TAILSCALE_LOGIN_SERVER} ${TAILSCALE_EXTRA_ARGS:-}"
+    # A tagged key carries its tags (headscale refuses to hear them again); only an OAuth secret needs them named.
+    export TS_EXTRA_ARGS="${TAILSCALE_TAGS:+--advertise-tags=$TAILSCALE_TAGS} ${TAILSCALE_LOGIN_SERVER:+--login-server=$TAILSCALE_LOGIN_SERVER} ${TAILSCALE_EXTRA_ARGS:-}"
     # A control plane on plain http has its relay there too.
     case ${TAILSCALE_LOGIN_SERVER:-} in http://*) export TS_DEBUG_USE_DERP_HTTP=1 ;; esac
 

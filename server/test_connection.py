@@ -135,10 +135,20 @@ def explain(error: openai.APIError, url: str, timeout: float) -> CheckFailedErro
     return CheckFailedError(4, f"connection: {where}: {reason}. On the server: docker compose ps gateway")
 
 
+def connect(url: str, wait: float) -> openai.AsyncOpenAI:
+    """Make the client; it connects at its first request."""
+    try:
+        # The key is given so that an OPENAI_API_KEY of the environment is not sent to this server.
+        return openai.AsyncOpenAI(base_url=url, api_key="none", timeout=wait, max_retries=0)
+    except (
+        Exception
+    ) as error:  # InvalidURL of the HTTP library below openai, which is not always the same one
+        raise CheckFailedError(2, f"--base-url {url}: {error}") from error
+
+
 async def ask(url: str, model: str | None, prompt: str, wait: float) -> tuple[str, str]:
     """Return the model that answered and its reply on one line; raise CheckFailedError naming the hop."""
-    # The key is given so that an OPENAI_API_KEY of the environment is not sent to this server.
-    async with openai.AsyncOpenAI(base_url=url, api_key="none", timeout=wait, max_retries=0) as client:
+    async with connect(url, wait) as client:
         try:
             served = [entry.id for entry in (await client.models.list()).data]
             if not served or (model and model not in served):

@@ -77,7 +77,7 @@ def server() -> Iterator[Server]:
 
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     state.url = f"http://127.0.0.1:{httpd.server_port}/v1"
-    thread = threading.Thread(target=httpd.serve_forever)
+    thread = threading.Thread(target=httpd.serve_forever, args=[0.01])
     thread.start()
     yield state
     state.ended.set()
@@ -235,6 +235,11 @@ def test_wrong_arguments_are_refused(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         test_connection.main(arguments)
     assert stopped.value.code == 2
+
+
+def test_an_impossible_address_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert test_connection.main(["--base-url", "http://256.1.1.1:8000/v1"]) == 2
+    assert "--base-url http://256.1.1.1:8000/v1: " in failure(capsys)
 
 
 def test_it_runs_without_uv_where_openai_is_importable(server: Server) -> None:

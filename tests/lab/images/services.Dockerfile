@@ -4,4 +4,4 @@ FROM ${BASE}
 RUN apt-get update \
  && apt-get install -y --no-install-recommends docker-registry openssh-server git python3 iproute2 \
  && rm -f /etc/ssh/ssh_host_* && mkdir -p /run/sshd /srv/git \
- && useradd --shell /bin/sh git
+ && useradd --create-home --shell /bin/sh git
