@@ -1,0 +1,1 @@
+"""Subagents: what one is (definition), who serves them (server), who pulls them (client)."""

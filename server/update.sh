@@ -1,0 +1,186 @@
+#!/bin/bash
+# Brings this host to what the checkout and the settings say, and proves it by a reply.
+#   update.sh [--no-pull] [--plan] [SERVICE…]
+# --no-pull  take the checkout as it is
+# --plan     say what would be pulled, built and replaced, and change nothing
+# SERVICE    only these (default: all); pod and tailscale are replaced only where they differ, as all are
+# The last line is `changed=0` or `changed=1`. Another run waits for the one that holds server/.lock. Neither the end of the
+# session nor of the sidecar stops a run; server/.update.log has all it said.
+set -euo pipefail
+
+patience=900  # seconds until vllm-gemma answers: a large model is read and compiled
+
+say() { echo "update.sh: $*"; }
+die() { say "$*" >&2; exit 1; }
+
+compose() { docker compose "$@" </dev/null; }
+
+# The checkout's own user pulls, so that its files stay theirs when root runs this.
+git_() {
+    local secrets=$PWD/secrets/git owner
+    local command=(git -C "$checkout")
+    [[ ! -e $secrets/deploy_key ]] || command+=(-c "core.sshCommand=ssh -i '$secrets/deploy_key' -o IdentitiesOnly=yes -o BatchMode=yes \
+        -o UserKnownHostsFile='$secrets/known_hosts' -o StrictHostKeyChecking=accept-new")
+    owner=$(stat -c %U "$checkout")
+    [[ $EUID != 0 || $owner == root ]] || command=(runuser -u "$owner" -- env "HOME=$(getent passwd "$owner" | cut -d: -f6)" "${command[@]}")
+    "${command[@]}" "$@" </dev/null
+}
+
+# Sets `changed`. A pull starts this script anew: the rest is the new code's to do.
+pull() {
+    local branch before after
+    if ! branch=$(git_ symbolic-ref -q --short HEAD); then
+        say "the checkout is at $(git_ describe --tags --always), on no branch: nothing is pulled"
+        return
+    fi
+    before=$(git_ rev-parse HEAD)
+    if [[ $plan ]]; then
+        after=$(git_ ls-remote --exit-code "$(git_ config "branch.$branch.remote")" "$(git_ config "branch.$branch.merge")" | cut -f1) \
+            || die "cannot reach $(git_ remote get-url origin), see above"
+        [[ $after == "$before" ]] || { say "would pull $branch: ${before:0:12} → ${after:0:12}; what follows is the plan of the code that is here"; changed=1; }
+        return
+    fi
+    git_ pull --quiet --ff-only || die "nothing was pulled and nothing has changed; see above. To mend it: git -C $checkout status; or go on without: server/update.sh --no-pull"
+    after=$(git_ rev-parse HEAD)
+    [[ $after != "$before" ]] || return 0
+    say "pulled $branch: ${before:0:12} → ${after:0:12}"
+    exec "$checkout/server/update.sh" --pulled "${services[@]}"
+}
+
+# A tag for what is built: the Dockerfile, the files that it copies and the base that .env names. The same code is the same image.
+tag_of() {
+    local dockerfile=$1 base=$2 sources
+    mapfile -t sources < <(awk '$1 == "COPY" {for (i = 2; i < NF; i++) print $i}' "$dockerfile" | sort -u)
+    { echo "$base" && hash_files "$dockerfile" "${sources[@]}"; } | sha256sum | cut -c1-12
+}
+
+# Names, contents and whether one is executable; not the other modes, which the clone's umask decides.
+hash_files() {
+    find "$@" -name __pycache__ -prune -o -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum --
+    find "$@" -name __pycache__ -prune -o -type f -perm -u=x -print | LC_ALL=C sort
+}
+
+tags() {
+    local config
+    config=$(compose config) || die "the compose files or server/.env are wrong, see above; nothing has changed"
+    base_of() { sed -n "s/^ *$1: //p" <<<"$config"; }
+    FUNCTION_GEMMA_TAG=$(tag_of Dockerfile "$(base_of VLLM_IMAGE)")
+    TAILSCALE_VLLM_TAG=$(tag_of Dockerfile.tailscale "$(base_of TAILSCALE_IMAGE)")
+    GATEWAY_CONFIG_TAG=$(hash_files haproxy | sha256sum | cut -c1-12)
+    export FUNCTION_GEMMA_TAG TAILSCALE_VLLM_TAG GATEWAY_CONFIG_TAG
+}
+
+# A plain `docker compose up -d` later means the same images; a tag whose image was not asked for stays what it was.
+keep_tags() {
+    local name env
+    env=$(cat .env 2>/dev/null || true)
+    for name in "${kept_tags[@]}"; do
+        env=$(sed "/^$name=/d" <<<"$env" && echo "$name=${!name}")
+    done
+    [[ $env != "$(cat .env 2>/dev/null)" ]] || return 0
+    sed '1{/^$/d}' <<<"$env" >.env.new
+    chmod --reference=.env .env.new 2>/dev/null || true
+    mv .env.new .env
+}
+
+# Which services' images are to be built: `build`. Which containers compose would create, replace or start: `replace`.
+survey() {
+    local lines
+    build=() replace=() kept_tags=()
+    if wants gateway; then
+        kept_tags+=(GATEWAY_CONFIG_TAG)
+    fi
+    if wants vllm-server || wants agents; then
+        kept_tags+=(FUNCTION_GEMMA_TAG)
+        [[ -n $(docker image ls -q "vllm-gemma:$FUNCTION_GEMMA_TAG") ]] || build+=(vllm-server)
+    fi
+    if wants tailscale; then
+        kept_tags+=(TAILSCALE_VLLM_TAG)
+        [[ -n $(docker image ls -q "tailscale-vllm:$TAILSCALE_VLLM_TAG") ]] || build+=(tailscale)
+    fi
+    lines=$(compose --dry-run up -d --no-build --pull never ${no_deps:+--no-deps} "${services[@]}" 2>&1) || die "$lines"
+    mapfile -t replace < <(sed -nE 's/.* Container ([0-9a-f]{12}_)?([^ ]+) +(Recreate|Creating|Starting)$/\2/p' <<<"$lines" | sort -u)
+}
+
+wants() { [[ ${#services[@]} -eq 0 || " ${services[*]} " == *" $1 "* ]]; }
+
+replaces() { [[ " ${replace[*]} " == *" $1 "* ]]; }
+
+health() { docker inspect -f '{{.State.Health.Status}} {{range .State.Health.Log}}{{.Output}}{{end}}' vllm-gemma; }
+
+# Until vllm-gemma is healthy, showing its log from SINCE on.
+follow() {
+    local since=$1 follower seen second=0
+    docker logs -f --since "$since" vllm-gemma 2>&1 &
+    follower=$!
+    until seen=$(health); [[ $seen == healthy* || $seen == *'no model'* || $second -ge $patience ]]; do
+        sleep 1
+        second=$((second + 1))
+    done
+    kill "$follower"
+    wait "$follower" 2>/dev/null || true
+    [[ $seen == healthy* ]] || die "vllm-gemma does not serve: $(tail -n1 <<<"$seen"). Its log: docker logs vllm-gemma.${pulled:+ Back to the former code: git -C $checkout reset --hard ORIG_HEAD && $checkout/server/update.sh --no-pull}"
+}
+
+main() {
+    plan='' changed=0 pulled='' no_deps='' services=()
+    local pull=1 since
+    for word in "$@"; do
+        case $word in
+        --no-pull) pull='' ;;
+        --pulled) pull='' pulled=1 changed=1 ;;
+        --plan) plan=1 ;;
+        -*) sed -n '2,/^set/{/^set/d;s/^# //;p}' "$0" >&2; exit 2 ;;
+        *) services+=("$word") no_deps=1 ;;
+        esac
+    done
+    checkout=$(cd .. && pwd)
+
+    if [[ -z $plan ]]; then
+        exec 9>>.lock
+        flock -n 9 || { say "waiting for $(cat .lock)"; flock 9; }
+        echo "the run of $(whoami), process $$, since $(date '+%F %T %Z')" >.lock
+    fi
+    [[ -z $pull ]] || pull
+    tags
+    survey
+    for service in "${build[@]}"; do say "${plan:+would }build: the image of $service"; done
+    for container in "${replace[@]}"; do say "${plan:+would }replace or start: $container"; done
+    [[ ${#build[@]} -eq 0 && ${#replace[@]} -eq 0 ]] || changed=1
+    if [[ $plan ]]; then
+        echo "changed=$changed"
+        return
+    fi
+
+    [[ ${#build[@]} -eq 0 ]] || compose build --quiet "${build[@]}" || die "not built, see above; nothing was replaced"
+    # What can be found wrong before anything is replaced, in containers of the new kind.
+    [[ ${#replace[@]} -eq 0 ]] || compose up -d --no-build --no-recreate --quiet-pull pod
+    if replaces gateway-gemma; then
+        compose run --rm -T --no-deps --quiet-pull gateway haproxy -c -f /usr/local/etc/haproxy/haproxy.cfg \
+            || die "haproxy/haproxy.cfg or gateway.env is wrong, see above; nothing was replaced"
+    fi
+    if replaces vllm-gemma; then
+        compose run --rm -T --no-deps vllm-server fetch || die "nothing was replaced"
+    fi
+    keep_tags
+    since=$(date +%s)
+    [[ ${#replace[@]} -eq 0 ]] || compose up -d --no-build ${no_deps:+--no-deps} "${services[@]}"
+    # A reply proves what answers requests; pod and tailscale alone are brought up before there is a model.
+    if wants vllm-server || wants gateway; then
+        [[ $(health) == healthy* ]] || follow "$since"
+        docker exec vllm-gemma python3 /usr/local/bin/test_connection.py --base-url http://127.0.0.1:8000/v1 \
+            || die "the stack runs, but gave no reply, see above"
+    fi
+    echo "changed=$changed"
+}
+
+{
+    cd "$(dirname "$(readlink -f "$0")")"
+    trap '' HUP
+    if [[ " $* " == *" --plan "* || " $* " == *" --pulled "* ]]; then
+        main "$@"
+    else
+        main "$@" 2>&1 | tee -p .update.log
+    fi
+    exit
+}

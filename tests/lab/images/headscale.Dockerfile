@@ -1,0 +1,4 @@
+# The control plane.
+ARG BASE
+FROM ${BASE}
+COPY headscale /usr/local/bin/headscale
