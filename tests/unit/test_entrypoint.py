@@ -50,7 +50,7 @@ def run(tmp_path: Path) -> Run:
             "HUB": hub,
             "MODEL": settings.get("SERVER_MODEL", MODEL),
         }
-        command = ["bash", script, *arguments]
+        command = ["bash", str(script), *arguments]
         return subprocess.run(
             command, env={**environment, **settings}, capture_output=True, text=True, timeout=20, check=False
         )
