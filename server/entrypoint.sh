@@ -60,7 +60,7 @@ reason() {
     error=$(grep -m1 -o 'Error: .*' <<<"$1" || tail -n1 <<<"$1")
     error=${error#Error: } error=${error//$'\e[0m'/}
     case $error in
-    *[Rr]evision\ [Nn]ot\ [Ff]ound*)
+    Revision*' not found'*)
         mend="name a revision that exists as SERVER_MODEL_REVISION in server/entrypoint.env, $again" ;;
     *"'$SERVER_MODEL' not found"*)
         mend="name a model that exists (and that the token may read) as SERVER_MODEL in server/entrypoint.env, $again" ;;
@@ -73,7 +73,7 @@ reason() {
         error="uid 10001 cannot read server/secrets/huggingface/token"
         mend="sudo chown 10001:10000 server/secrets/huggingface/token"
     fi
-    say "no model $wanted: $error To mend it: $mend"
+    say "no model $wanted: ${error%.}. To mend it: $mend"
 }
 
 # Under a lock, because update.sh fetches in a container of its own.

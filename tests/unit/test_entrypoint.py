@@ -18,7 +18,7 @@ case "$1 $HUB" in
     *half) ;;
     *gated) echo "Error: Access denied. Model '$2' requires approval." >&2; exit 1 ;;
     *unknown) echo "Error: Model '$MODEL' not found." >&2; exit 1 ;;
-    *revision) echo "Error: Revision not found in model '$MODEL'." >&2; exit 1 ;;
+    *revision) echo "Error: Revision 'main' not found on '$MODEL'." >&2; exit 1 ;;
     *) echo "httpx.ConnectError: [Errno 111] Connection refused" >&2; exit 1 ;;
 esac
 [ "$1" != download ] || while [ $# -gt 0 ]; do
@@ -102,7 +102,7 @@ def test_what_an_earlier_try_left_does_not_pass_for_a_model(run: Run, tmp_path: 
     [
         ("gated", "requires approval", "server/secrets/huggingface/token"),
         ("unknown", "not found", "SERVER_MODEL in server/entrypoint.env"),
-        ("revision", "Revision not found", "SERVER_MODEL_REVISION in server/entrypoint.env"),
+        ("revision", "Revision 'main' not found", "SERVER_MODEL_REVISION in server/entrypoint.env"),
         ("down", "Connection refused", "curl -I"),
     ],
 )
