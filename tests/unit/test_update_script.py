@@ -24,7 +24,10 @@ case "$*" in
         echo id > "$FAKE/images/vllm-gemma:$FUNCTION_GEMMA_TAG"
         echo id > "$FAKE/images/tailscale-vllm:$TAILSCALE_VLLM_TAG" ;;
     *"vllm-server fetch") [ ! -e "$FAKE/fetch-fails" ] || { echo "no model"; exit 1; } ;;
-    "inspect "*) echo "healthy 200" ;;
+    "inspect "*)
+        [ -s "$FAKE/health" ] || echo "healthy 0 200" > "$FAKE/health"
+        sed -n '1{p;q}' "$FAKE/health"
+        sed -i 1d "$FAKE/health" ;;
     "exec "*test_connection.py*) echo "SUCCESS: model answered: reply" ;;
 esac
 """
@@ -257,6 +260,21 @@ def test_a_second_run_waits_and_says_who_is_at_work(host: Host) -> None:
         fcntl.flock(held, fcntl.LOCK_UN)
         assert second.communicate(timeout=30)[0].splitlines()[-1] == "changed=1"
     assert "unlocked" not in host.calls()
+
+
+def test_a_server_that_waits_for_a_model_is_not_waited_for(host: Host) -> None:
+    (host.fake / "health").write_text("starting 0 loading\n" * 2 + "starting 0 waiting: no model x\n" * 2)
+    result = host.update("--no-pull")
+    assert result.returncode == 1
+    assert "vllm-gemma does not serve" in result.stdout
+    assert "no model x" in result.stdout
+
+
+def test_a_server_that_crashes_again_and_again_is_not_waited_for(host: Host) -> None:
+    (host.fake / "health").write_text("".join(f"starting {count} \n" for count in [3, 3, 4, 5]))
+    result = host.update("--no-pull")
+    assert result.returncode == 1
+    assert "docker logs vllm-gemma" in result.stdout
 
 
 def test_a_wrong_option_shows_the_usage_and_does_nothing(host: Host) -> None:
