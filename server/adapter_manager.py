@@ -12,13 +12,14 @@ import argparse
 import http.client
 import json
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 from function_gemma.adapters import lock
-from function_gemma.adapters.errors import AdapterError
+from function_gemma.adapters.errors import AdapterError, NoAnswerError
 from function_gemma.adapters.source import from_directory, from_tar
 from function_gemma.adapters.store import LOCK, Store, check_name, root
 
@@ -49,8 +50,10 @@ def call(method: str, path: str, body: dict[str, str] | None = None) -> dict[str
         response = connection.getresponse()
         text = response.read()
     except (OSError, http.client.HTTPException) as error:
-        raise AdapterError(
-            f"the server does not answer on {address} ({error or type(error).__name__}): "
+        waiting = Path(address).with_name("waiting")  # what entrypoint.sh does before vLLM listens
+        reason = waiting.read_text().strip() if waiting.exists() else str(error) or type(error).__name__
+        raise NoAnswerError(
+            f"the server does not answer on {address} ({reason}): "
             "see `docker logs vllm-gemma`, and try again once `docker ps` shows it healthy"
         ) from error
     finally:
@@ -65,8 +68,8 @@ def call(method: str, path: str, body: dict[str, str] | None = None) -> dict[str
         raise AdapterError(
             "the server runs without the plugin: set VLLM_PLUGINS=function_gemma and restart it"
         )
-    reason = answer.get("error", {}).get("message") or f"{method} {path} was answered with {response.status}"
-    raise AdapterError(str(reason))
+    message = answer.get("error", {}).get("message")
+    raise AdapterError(message or f"{method} {path} was answered with {response.status}")
 
 
 def load(name: str, source: str) -> dict[str, Any]:
@@ -83,6 +86,8 @@ def load(name: str, source: str) -> dict[str, Any]:
     body = {"lora_name": name, "lora_path": str(store.generation(name, staged.digest))}
     try:
         call("POST", "/v1/load_lora_adapter", body)
+    except NoAnswerError:
+        raise  # it may be served by now: vLLM may need the files
     except AdapterError:
         if is_new:
             store.discard(name, staged.digest)
@@ -124,6 +129,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Do what the command line says and return the result."""
     if options.command == "list":
         return call("GET", "/v1/lora_adapters")
+    if not root().is_dir():
+        raise AdapterError(
+            f"{root()} is not here: run this in the server's container, "
+            f"`docker compose exec vllm-server adapter_manager.py {options.command} …`"
+        )
     holder = f"adapter_manager.py {options.command} {options.name}"
     with lock.hold(root() / LOCK, holder, lambda line: print(line, file=sys.stderr, flush=True)):
         return load(options.name, options.path) if options.command == "load" else unload(options.name)
@@ -158,4 +168,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at once; the next run clears what was staged
     sys.exit(main())

@@ -28,6 +28,8 @@ say() { echo "entrypoint.sh: $*"; }
 
 complete() { [[ $(cat "$model_dir/.complete" 2>/dev/null) == "$wanted" ]]; }
 
+known() { python3 -c 'import sys, huggingface_hub as hub; hub.model_info(sys.argv[1], revision=sys.argv[2])' "$@" 2>&1; }
+
 # Downloads into a directory beside the served one and renames it when it is whole: what serves now stays as it is.
 download() {
     local part=$store/.partial output
@@ -38,7 +40,8 @@ download() {
     mkdir -p "$part"
     echo "$wanted" >"$part/.wanted"
     [[ -n ${said-} ]] || say "fetching $wanted from ${HF_ENDPOINT:-the Hugging Face Hub}" >&2
-    if ! output=$(hf download "$SERVER_MODEL" --revision "$SERVER_MODEL_REVISION" --local-dir "$part" 2>&1); then
+    # Asked first, because `hf download` is content with what is there when the hub does not answer.
+    if ! output=$(known "$SERVER_MODEL" "$SERVER_MODEL_REVISION" && hf download "$SERVER_MODEL" --revision "$SERVER_MODEL_REVISION" --local-dir "$part" 2>&1); then
         reason "$output"
         return 1
     fi

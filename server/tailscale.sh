@@ -3,7 +3,8 @@
 #   tailscale.sh          run; without a key and a former login, one login URL in the log
 #   tailscale.sh health   the container's health check
 #   tailscale.sh CMD…     run CMD
-# tailscale.env may set TAILSCALE_LOGIN_SERVER (unset: Tailscale's own), TAILSCALE_TAGS and TAILSCALE_EXTRA_ARGS.
+# tailscale.env may set TAILSCALE_LOGIN_SERVER (unset: Tailscale's own), TAILSCALE_TAGS (the tags that own the node)
+# and TAILSCALE_EXTRA_ARGS (of `tailscale up`).
 set -eu
 
 name=function-gemma-server
@@ -48,9 +49,10 @@ settle() {
 
 run() {
     mkdir -p /run/tailscale
+    rm -f "$joined" "$refused"
     key=$(key_state)
     export TS_STATE_DIR=/var/lib/tailscale
-    export TS_SOCKET=/run/tailscale/tailscaled.sock
+    export TS_SOCKET=/var/run/tailscale/tailscaled.sock
     export TS_HOSTNAME="$name"
     export TS_USERSPACE="${TS_USERSPACE:-true}"
     # A key is for a node without state: one that has expired since then must not lock out a node that is in the tailnet.
@@ -82,11 +84,7 @@ run() {
 
 # The tailnet did not take the node: no crash loop, but a wait for another key; a passing fault is tried again after 5 minutes.
 refuse() {
-    if [ -s "$authkey" ]; then
-        why="the tailnet did not take the key in server/secrets/tailscale/authkey; put a new one there, it is used at once"
-    else
-        why="the tailnet did not take this node; put a key in server/secrets/tailscale/authkey, it is used at once"
-    fi
+    why="the tailnet did not take this node: \`backend error\` in docker logs tailscale-vllm says why; a new key in server/secrets/tailscale/authkey is used at once"
     kill "$settle"
     trap 'exit 0' TERM INT
     say "$why"

@@ -17,9 +17,10 @@ compose() { docker compose "$@" </dev/null; }
 
 # The checkout's own user pulls, so that its files stay theirs when root runs this.
 git_() {
-    local key=$PWD/secrets/git/deploy_key owner
+    local secrets=$PWD/secrets/git owner
     local command=(git -C "$checkout")
-    [[ ! -e $key ]] || command+=(-c "core.sshCommand=ssh -i '$key' -o IdentitiesOnly=yes -o BatchMode=yes -o StrictHostKeyChecking=accept-new")
+    [[ ! -e $secrets/deploy_key ]] || command+=(-c "core.sshCommand=ssh -i '$secrets/deploy_key' -o IdentitiesOnly=yes -o BatchMode=yes \
+        -o UserKnownHostsFile='$secrets/known_hosts' -o StrictHostKeyChecking=accept-new")
     owner=$(stat -c %U "$checkout")
     [[ $EUID != 0 || $owner == root ]] || command=(runuser -u "$owner" -- env "HOME=$(getent passwd "$owner" | cut -d: -f6)" "${command[@]}")
     "${command[@]}" "$@" </dev/null
@@ -71,24 +72,20 @@ tags() {
 
 # A plain `docker compose up -d` later means the same images; a tag whose image was not asked for stays what it was.
 keep_tags() {
-    local env='' pattern='' name
-    for name in ${kept_tags[@]+"${kept_tags[@]}"}; do
-        pattern+="${pattern:+|}$name"
-    done
-    [[ $pattern ]] || return 0
-    env=$(sed -E "/^($pattern)=/d" .env 2>/dev/null || true)
-    env+=${env:+$'\n'}
+    local name env
+    env=$(cat .env 2>/dev/null || true)
     for name in "${kept_tags[@]}"; do
-        env+="$name=${!name}"$'\n'
+        env=$(sed "/^$name=/d" <<<"$env" && echo "$name=${!name}")
     done
-    [[ $env != "$(cat .env 2>/dev/null)"$'\n' ]] || return 0
-    printf '%s' "$env" >.env.new
+    [[ $env != "$(cat .env 2>/dev/null)" ]] || return 0
+    sed '1{/^$/d}' <<<"$env" >.env.new
     chmod --reference=.env .env.new 2>/dev/null || true
     mv .env.new .env
 }
 
 # Which services' images are to be built: `build`. Which containers compose would create, replace or start: `replace`.
 survey() {
+    local lines
     build=() replace=() kept_tags=()
     if wants gateway; then
         kept_tags+=(GATEWAY_CONFIG_TAG)
@@ -101,9 +98,13 @@ survey() {
         kept_tags+=(TAILSCALE_VLLM_TAG)
         [[ -n $(docker image ls -q "tailscale-vllm:$TAILSCALE_VLLM_TAG") ]] || build+=(tailscale)
     fi
-    local lines
-    lines=$(compose --dry-run up -d --no-build --pull never ${no_deps:+--no-deps} "${services[@]}" 2>&1) || die "$lines"
+    lines=$(compose --dry-run up -d --no-build --pull never "${services[@]}" 2>&1) || die "$lines"
     mapfile -t replace < <(sed -nE 's/.* Container ([0-9a-f]{12}_)?([^ ]+) +(Recreate|Creating|Starting)$/\2/p' <<<"$lines" | sort -u)
+    # A pod that is replaced takes with it what lives in it.
+    if replaces function-gemma-pod && [[ ${#services[@]} -gt 0 && $1 != again ]]; then
+        mapfile -t -O "${#services[@]}" services < <(compose ps -a --services)
+        survey again
+    fi
 }
 
 wants() { [[ ${#services[@]} -eq 0 || " ${services[*]} " == *" $1 "* ]]; }
@@ -127,7 +128,7 @@ follow() {
 }
 
 main() {
-    plan='' changed=0 pulled='' no_deps='' services=()
+    plan='' changed=0 pulled='' services=()
     local pull=1 since
     for word in "$@"; do
         case $word in
@@ -135,7 +136,7 @@ main() {
         --pulled) pull='' pulled=1 changed=1 ;;
         --plan) plan=1 ;;
         -*) sed -n '2,/^set/{/^set/d;s/^# //;p}' "$0" >&2; exit 2 ;;
-        *) services+=("$word") no_deps=1 ;;
+        *) services+=("$word") ;;
         esac
     done
     checkout=$(cd .. && pwd)
@@ -147,7 +148,7 @@ main() {
     fi
     [[ -z $pull ]] || pull
     tags
-    survey
+    survey once
     for service in "${build[@]}"; do say "${plan:+would }build: the image of $service"; done
     for container in "${replace[@]}"; do say "${plan:+would }replace or start: $container"; done
     [[ ${#build[@]} -eq 0 && ${#replace[@]} -eq 0 ]] || changed=1
@@ -168,18 +169,14 @@ main() {
     fi
     keep_tags
     since=$(date +%s)
-    [[ ${#replace[@]} -eq 0 ]] || compose up -d --no-build ${no_deps:+--no-deps} "${services[@]}"
-    # Only what answers requests is proven by one: a node joins before there is a model.
+    [[ ${#replace[@]} -eq 0 ]] || compose up -d --no-build "${services[@]}"
+    # A reply proves what answers requests; pod and tailscale alone are brought up before there is a model.
     if wants vllm-server || wants gateway; then
-        prove "$since"
+        [[ $(health) == healthy* ]] || follow "$since"
+        docker exec vllm-gemma python3 /usr/local/bin/test_connection.py --base-url http://127.0.0.1:8000/v1 \
+            || die "the stack runs, but gave no reply, see above"
     fi
     echo "changed=$changed"
-}
-
-prove() {
-    [[ $(health) == healthy* ]] || follow "$1"
-    docker exec vllm-gemma python3 /usr/local/bin/test_connection.py --base-url http://127.0.0.1:8000/v1 \
-        || die "the stack runs, but gave no reply, see above"
 }
 
 {

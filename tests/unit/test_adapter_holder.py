@@ -366,6 +366,34 @@ def test_ready_follows_the_engine(client: TestClient) -> None:
     assert (answer.status_code, answer.json()) == (503, {"ready": False, "reason": "engine is dead"})
 
 
+async def test_a_generation_that_fails_to_load_again_keeps_its_request(
+    boot: Boot, adapter: MakeAdapter
+) -> None:
+    server = await boot()
+    one = adapter("one")
+    await server.load(one)
+    first = server.models.lora_requests["lint"]
+    await server.holder.unload("lint")
+
+    async def fail() -> None:
+        raise RuntimeError("no memory")
+
+    server.engine.on_add = fail
+    with pytest.raises(AdapterError, match="no memory"):
+        await server.load(one)
+    server.engine.on_add = None
+    await server.load(one)
+    assert server.models.lora_requests["lint"] is first
+
+
+async def test_vllms_own_loading_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "True")
+    with pytest.raises(RuntimeError, match="unset VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
+        await AdaptersPlugin().init_state(
+            cast("Engine", FakeEngine()), State(), Namespace(api_server_count=1)
+        )
+
+
 async def test_several_api_servers_are_refused() -> None:
     with pytest.raises(RuntimeError, match="--api-server-count 1"):
         await AdaptersPlugin().init_state(

@@ -29,7 +29,7 @@ class Plugin(ThreadingUnixStreamServer):
     def __init__(self, path: str) -> None:
         self.served: dict[str, str] = {}
         self.calls: list[tuple[str, Any]] = []
-        self.refusal: tuple[int, Any] | None = None  # to the next POST, or to any request where it is a 404
+        self.refusal: tuple[int, Any] | None = None  # of every POST; of every GET too where it is a 404
         super().__init__(path, Handler)
 
 
@@ -37,6 +37,9 @@ class Handler(BaseHTTPRequestHandler):
     server: Plugin
 
     def answer(self, status: int, body: object) -> None:
+        if not status:
+            self.close_connection = True
+            return
         content = json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
@@ -183,6 +186,28 @@ def test_a_server_that_does_not_answer_is_told_with_what_to_do(
         assert path in message
         assert "docker logs vllm-gemma" in message
     assert [path.name for path in (tmp_path / "store").iterdir()] == [LOCK]
+
+
+def test_a_load_that_nobody_answered_leaves_the_generation(plugin: Plugin, adapter: MakeAdapter) -> None:
+    plugin.refusal = (0, None)
+    assert "does not answer" in refused("load", "lint", str(adapter()))
+    ((_, body),) = plugin.calls
+    assert Path(body["lora_path"]).is_dir()
+
+
+@pytest.mark.usefixtures("plugin")
+def test_a_server_that_waits_says_for_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVER_SOCKET", str(tmp_path / "none.sock"))
+    (tmp_path / "waiting").write_text("a token for google/functiongemma-270m-it\n")
+    assert "(a token for google/functiongemma-270m-it)" in refused("list")
+
+
+@pytest.mark.usefixtures("plugin")
+def test_a_run_outside_the_container_is_told_where_to_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SERVER_ADAPTERS_DIR", str(tmp_path / "none"))
+    assert "docker compose exec vllm-server adapter_manager.py load" in refused("load", "lint", str(tmp_path))
 
 
 @pytest.mark.usefixtures("plugin")

@@ -1,6 +1,7 @@
 """Generations: whole, immutable, found by their content."""
 
 import io
+import runpy
 import subprocess
 import tarfile
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 from function_gemma.adapters import source
 from function_gemma.adapters.errors import AdapterError, StoreError
 from function_gemma.adapters.source import from_directory, from_tar
-from function_gemma.adapters.store import FILES, Store, check_name
+from function_gemma.adapters.store import FILES, Store, check_name, digest_of
 
 CONFIG, WEIGHTS = FILES
 
@@ -80,6 +81,12 @@ def install_digest(store: Store, path: Path) -> str:
     other = Store(store.root / "other")
     other.root.mkdir(exist_ok=True)
     return install(other, path)
+
+
+def test_ansible_and_the_store_agree_on_the_digest(store: Store, adapter: MakeAdapter) -> None:
+    path = adapter()
+    lora = runpy.run_path(str(Path(__file__).parents[2] / "roles" / "lora" / "filter_plugins" / "lora.py"))
+    assert lora["lora_digest"](str(path)) == digest_of(path) == install(store, path)
 
 
 def test_a_second_install_of_the_same_content_is_not_new(store: Store, adapter: MakeAdapter) -> None:

@@ -9,5 +9,9 @@ class NotServedError(AdapterError):
     """No adapter of that name is served or set aside."""
 
 
+class NoAnswerError(AdapterError):
+    """The server did not answer, so that nobody knows what it did."""
+
+
 class StoreError(AdapterError):
     """The store itself is damaged: not the fault of whoever asks."""

@@ -75,7 +75,7 @@ class Store:
         """Refuse a generation whose files are not those that were installed."""
         path = self.generation(name, digest)
         try:
-            found = _digest({file: _hash(path / file) for file in FILES})
+            found = digest_of(path)
         except OSError as error:
             raise StoreError(
                 f"{path} cannot be read ({error.strerror}): load '{name}' again from its source"
@@ -130,14 +130,18 @@ class Store:
             path.parent.rmdir()
 
 
+def digest_of(directory: Path) -> str:
+    """Return the digest of the adapter in `directory`; OSError where a file of it is missing."""
+    hashes = {}
+    for name in FILES:
+        with (directory / name).open("rb") as file:
+            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return _digest(hashes)
+
+
 def _digest(hashes: dict[str, str]) -> str:
     lines = "".join(f"{file} {hashes[file]}\n" for file in FILES)
     return hashlib.sha256(lines.encode()).hexdigest()[:12]
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _copy(content: Iterable[bytes], target: Path) -> str:

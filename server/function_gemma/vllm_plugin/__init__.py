@@ -5,6 +5,7 @@ off (VLLM_ALLOW_RUNTIME_LORA_UPDATING).
 """
 
 import importlib
+import os
 from argparse import Namespace
 
 from fastapi import APIRouter, FastAPI, Request
@@ -45,9 +46,14 @@ class AdaptersPlugin:
 
     async def init_state(self, engine_client: Engine, state: State, args: Namespace) -> None:
         """Load what the manifest names; vLLM listens only afterwards."""
+        # Either would give ids of its own, and an adapter would answer with the weights of another.
+        if os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0").strip().lower() in ("1", "true"):
+            raise RuntimeError(
+                "adapters are loaded by this plugin alone: unset VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+            )
         if (args.api_server_count or 1) > 1:
             raise RuntimeError(
-                "adapters need one API server, for several would give them clashing ids: --api-server-count 1"
+                "adapters are loaded by one API server alone: start vLLM with --api-server-count 1"
             )
         request_type = importlib.import_module("vllm.lora.request").LoRARequest
         holder = Holder(Store(root()), engine_client, state.openai_serving_models, request_type)

@@ -188,13 +188,16 @@ class Holder:
 
     async def _reserve(self, manifest: Manifest, count: int) -> range:
         ids = manifest.take_ids(count, above=self._foreign_ids)
-        await asyncio.to_thread(
-            manifest.write
-        )  # before they are used: after a crash they are not handed out again
+        # Before they are used: after a crash they are not handed out again.
+        await asyncio.to_thread(manifest.write)
         return ids
 
     async def _load(self, name: str, digest: str, lora_int_id: int) -> Generation:
-        """Bring a generation into the engine under `lora_int_id`, or under the id that it already has."""
+        """Bring a generation into the engine.
+
+        One that was loaded before keeps its request and id, for requests of that time may still run: one
+        inner name with two ids would end the engine.
+        """
         inner_name = f"{name}@{digest}"
         generation = self._loaded.get(inner_name)
         if generation is None:
@@ -209,7 +212,6 @@ class Holder:
             await self._engine.add_lora(generation.request)
         except Exception as error:
             # A failed load leaves its id registered, with half of the weights: the id is spent.
-            self._loaded.pop(inner_name, None)
             with contextlib.suppress(Exception):  # the first error is the one to tell
                 await self._engine.remove_lora(generation.request.lora_int_id)
             raise AdapterError(f"vLLM refuses '{name}' ({digest}): {error}") from error
