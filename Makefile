@@ -30,7 +30,7 @@ lab: ## build and start the internet in a box, the bare host and the laptop
 	@$(LAB) up
 
 molecule: lab ## the roles that own a bare host each
-	$(BIN)/molecule test --all
+	MOLECULE_GLOB='tests/molecule/*/molecule.yml' $(BIN)/molecule test --all
 
 shell: lab ## a shell on the laptop, which is on the tailnet
 	@docker exec -it lab-laptop bash
@@ -38,6 +38,9 @@ shell: lab ## a shell on the laptop, which is on the tailnet
 bench: ## how long the commands take, as a table in docs/
 	@$(LAB) up
 	$(BIN)/python tests/benchmarks/commands.py
+
+docs: controller ## roles/README.md from the roles' argument specifications
+	$(BIN)/python tests/role_tables.py
 
 lock: controller ## requirements.txt from requirements.in
 	$(BIN)/uv pip compile -q --generate-hashes --no-emit-index-url --python-version 3.11 --universal --no-header requirements.in -o requirements.txt
