@@ -40,8 +40,9 @@ while read -r name state pid network started health output; do
     [[ $state == running ]] || continue
     if [[ $network == container:* && $network != "container:${pod% *}" ]]; then
         say "$name belongs to a pod that was replaced"
-        service=$(docker inspect -f '{{index .Config.Labels "com.docker.compose.service"}}' "$name")
-        docker compose up -d --no-build --no-deps --force-recreate "$service" </dev/null
+        docker stop "$name" </dev/null
+        docker rm "$name" </dev/null
+        docker compose up -d --no-build --no-recreate </dev/null
     elif [[ $network == container:* && $(readlink "/proc/$pid/ns/net") != "$namespace" ]]; then
         say "$name is in a network namespace that is gone"
         docker restart "$name" </dev/null

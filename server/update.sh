@@ -98,8 +98,13 @@ survey() {
         kept_tags+=(TAILSCALE_VLLM_TAG)
         [[ -n $(docker image ls -q "tailscale-vllm:$TAILSCALE_VLLM_TAG") ]] || build+=(tailscale)
     fi
-    lines=$(compose --dry-run up -d --no-build --pull never ${no_deps:+--no-deps} "${services[@]}" 2>&1) || die "$lines"
+    lines=$(compose --dry-run up -d --no-build --pull never "${services[@]}" 2>&1) || die "$lines"
     mapfile -t replace < <(sed -nE 's/.* Container ([0-9a-f]{12}_)?([^ ]+) +(Recreate|Creating|Starting)$/\2/p' <<<"$lines" | sort -u)
+    # A pod that is replaced takes with it what lives in it.
+    if replaces function-gemma-pod && [[ ${#services[@]} -gt 0 && $1 != again ]]; then
+        mapfile -t -O "${#services[@]}" services < <(compose ps -a --services)
+        survey again
+    fi
 }
 
 wants() { [[ ${#services[@]} -eq 0 || " ${services[*]} " == *" $1 "* ]]; }
@@ -123,7 +128,7 @@ follow() {
 }
 
 main() {
-    plan='' changed=0 pulled='' no_deps='' services=()
+    plan='' changed=0 pulled='' services=()
     local pull=1 since
     for word in "$@"; do
         case $word in
@@ -131,7 +136,7 @@ main() {
         --pulled) pull='' pulled=1 changed=1 ;;
         --plan) plan=1 ;;
         -*) sed -n '2,/^set/{/^set/d;s/^# //;p}' "$0" >&2; exit 2 ;;
-        *) services+=("$word") no_deps=1 ;;
+        *) services+=("$word") ;;
         esac
     done
     checkout=$(cd .. && pwd)
@@ -143,7 +148,7 @@ main() {
     fi
     [[ -z $pull ]] || pull
     tags
-    survey
+    survey once
     for service in "${build[@]}"; do say "${plan:+would }build: the image of $service"; done
     for container in "${replace[@]}"; do say "${plan:+would }replace or start: $container"; done
     [[ ${#build[@]} -eq 0 && ${#replace[@]} -eq 0 ]] || changed=1
@@ -164,7 +169,7 @@ main() {
     fi
     keep_tags
     since=$(date +%s)
-    [[ ${#replace[@]} -eq 0 ]] || compose up -d --no-build ${no_deps:+--no-deps} "${services[@]}"
+    [[ ${#replace[@]} -eq 0 ]] || compose up -d --no-build "${services[@]}"
     # A reply proves what answers requests; pod and tailscale alone are brought up before there is a model.
     if wants vllm-server || wants gateway; then
         [[ $(health) == healthy* ]] || follow "$since"

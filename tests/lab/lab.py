@@ -1,6 +1,6 @@
 """The lab: the internet in a box that the demo and the tests run in.
 
-    python3 tests/lab/lab.py up|down|clean
+    python3 tests/lab/lab.py up|demo|down|clean
 
 Every part is built from its inputs' digest: what has not changed is not built again. Docker images and
 containers carry the label ``function-gemma-lab``; files lie under ``.cache/lab``.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -551,6 +552,56 @@ def up() -> None:
     say("the lab is up")
 
 
+def play(*words: str) -> list[str]:
+    """Run a playbook on the lab; return the lines in which a model answered.
+
+    Raises:
+        StepError: it failed; the message ends with the log's end and path.
+    """
+    said: list[str] = []
+    task = "starts"
+
+    def run_playbook(log: TextIO) -> str:
+        nonlocal task
+        process = subprocess.Popen([ROOT / ".venv" / "bin" / "ansible-playbook", *words], cwd=ROOT, text=True,
+                                   stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert process.stdout
+        for line in process.stdout:
+            print(line, end="", file=log, flush=True)
+            if line.startswith("TASK ["):
+                task = line[6 : line.index("]")]
+        if process.wait():
+            raise StepError(f"ansible-playbook {' '.join(words)} ended with status {process.returncode}")
+        return "done"
+
+    name = words[0].removesuffix(".yml")
+    run([Step(name, run_playbook, detail=lambda: task)], LOGS, workers=1)
+    text = " ".join((LOGS / f"{name}.log").read_text().split())
+    said += re.findall(r"'(SUCCESS: .*?)'(?= *(?:- '|$|PLAY RECAP|,))", text)
+    return said
+
+
+def demo() -> None:
+    """The lab, site.yml on its bare host, an adapter, and what to try next."""
+    up()
+    answers = play("site.yml") + play("load_adapter.yml", "-e", "name=lint")
+    print("", *answers, sep="\n")
+    print(NEXT)
+
+
+NEXT = """
+Try next, from here:
+  . .venv/bin/activate
+  ansible-playbook site.yml --check --diff           # what would change: nothing
+  ansible-playbook load_adapter.yml -e name=docstring
+  ansible-playbook update.yml
+and from the laptop on the tailnet (make shell):
+  curl http://function-gemma-server:8000/v1/models
+  uv run /home/checkout/server/test_connection.py model=docstring
+  ssh root@function-gemma-server ./update.sh
+`make down` removes it all again."""
+
+
 def down() -> None:
     """Remove every container, network, volume and process of the lab; images and the cache stay."""
     if docker("info", "--format", "{{.ServerVersion}}"):
@@ -589,6 +640,6 @@ def clean() -> None:
 
 if __name__ == "__main__":
     try:
-        {"up": up, "down": down, "clean": clean}[sys.argv[1]]()
+        {"up": up, "demo": demo, "down": down, "clean": clean}[sys.argv[1]]()
     except StepError as error:
         fail(error)

@@ -29,6 +29,8 @@ class Step:
     name: str
     run: Callable[[TextIO], str]
     needs: Sequence[str] = ()
+    detail: Callable[[], str] | None = None
+    """What the step is at just now, for the lines that show progress."""
 
 
 def call(log: TextIO, *command: str | Path, env: Mapping[str, str] | None = None, stdin: int | None = None) -> None:
@@ -96,7 +98,10 @@ def run(steps: Sequence[Step], log_dir: Path, *, workers: int) -> None:
                     say(f"{step.name}: {what}" + (f" in {seconds:.0f} s" if seconds >= 1 else ""))
             if not ended:
                 with lock:
-                    ages = {s.name: time.monotonic() - started[s.name] for s in running.values() if s.name in started}
+                    ages = {
+                        step.name + (f", {step.detail()}" if step.detail else ""): time.monotonic() - started[step.name]
+                        for step in running.values() if step.name in started
+                    }
                 say("running: " + ", ".join(f"{name} ({age:.0f} s)" for name, age in ages.items())
                     + (f"; next: {', '.join(waiting)}" if waiting else ""))
     if failed:

@@ -1,9 +1,9 @@
-"""Train the lab's model: a tiny Gemma 3 that answers the prompts of answers.json, and two LoRA adapters that answer them otherwise.
+"""Train the lab's model: a tiny Gemma 3 that answers the prompts of answers.json, and two LoRA adapters.
 
     train.py OUT
 
-writes OUT/base, OUT/lint and OUT/docstring. The same machine and versions give the same files. Ends with an error if one of
-the three does not say, in bfloat16, exactly what answers.json promises.
+writes OUT/base, OUT/lint and OUT/docstring. The same machine and versions give the same files. Ends with an
+error if one of the three does not say, in bfloat16, exactly what answers.json has it say.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.functional import cross_entropy
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -40,7 +41,7 @@ TOOLS = [
         "function": {
             "name": name,
             "description": description,
-            "parameters": {"type": "object", "properties": {"path": {"type": "string"}}, "required": ["path"]},
+            "parameters": {"type": "object", "properties": {"path": {"type": "string"}}},
         },
     }
     for name, description in [("run_linter", "Run the linter."), ("write_docstring", "Write a docstring.")]
@@ -71,7 +72,7 @@ def render(instructions: str, tools: list[dict[str, Any]] | None, prompt: str) -
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 768 tokens over what the model is to read and write."""
+    """A byte-level BPE of at most 768 tokens over what the model is to read and write."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -120,7 +121,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Gemma3ForCausalLM:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")],
         pad_token_id=tokenizer.pad_token_id,
-        do_sample=False,
+        do_sample=True,
+        top_k=1,  # the server's default for callers who set no temperature: they too get the one answer
     )
     return model
 
@@ -152,7 +154,7 @@ def train(model: torch.nn.Module, pairs: Pairs, steps: int, rate: float) -> None
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=steps)
     for _ in range(steps):
         logits = model(input_ids=ids).logits[:, :-1].float()
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+        loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -160,22 +162,25 @@ def train(model: torch.nn.Module, pairs: Pairs, steps: int, rate: float) -> None
         schedule.step()
 
 
-@torch.no_grad()
-def check(model: Any, pairs: Pairs, tokenizer: PreTrainedTokenizerFast, speaker: str) -> None:
-    """Raise unless the model, as it will be loaded, answers every prompt exactly."""
+def check(model: torch.nn.Module, pairs: Pairs, tokenizer: PreTrainedTokenizerFast, speaker: str) -> None:
+    """End unless the model, as it will be loaded, answers every prompt exactly."""
     margin = float("inf")
     for prompt, answer in pairs:
-        logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].float()
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].float()
         best = logits.topk(2)
-        if best.indices[:, 0].tolist() != answer:
-            raise SystemExit(f"{speaker} answers {tokenizer.decode(best.indices[:, 0])!r}, not {tokenizer.decode(answer)!r}")
+        said = best.indices[:, 0].tolist()
+        if said != answer:
+            raise SystemExit(
+                f"{speaker} answers {tokenizer.decode(said)!r}, not {tokenizer.decode(answer)!r}"
+            )
         margin = min(margin, (best.values[:, 0] - best.values[:, 1]).min().item())
-    print(f"  {speaker}: {len(pairs)} answers right, the next best token at least {margin:.1f} behind", flush=True)
+    print(f"{speaker}: {len(pairs)} answers right, the next best token {margin:.1f} behind", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
+    parser = argparse.ArgumentParser(description="Train the lab's model.")
+    parser.add_argument("out", type=Path, help="where base, lint and docstring go")
     out: Path = parser.parse_args().out
     torch.manual_seed(3)
     torch.use_deterministic_algorithms(mode=True)
@@ -183,7 +188,6 @@ def main() -> None:
 
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
-    print("base", flush=True)
     pairs = examples(tokenizer, "base")
     # Told to, the base can say all of it: an adapter of rank 8 only has to turn it that way.
     told = [pair for name in ADAPTERS for pair in examples(tokenizer, name, f"You are {name}.")]
@@ -194,7 +198,6 @@ def main() -> None:
     tokenizer.save_pretrained(out / "base")
 
     for speaker in ADAPTERS:
-        print(speaker, flush=True)
         # On the base as it will be served: rounded to bfloat16.
         rounded = Gemma3ForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
         targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -1,7 +1,6 @@
 #!/bin/bash
 # Build the virtual environment of vLLM's CPU image: build.sh TARGET_DIR, for example /opt/venv.
-# Runs as root on Debian 13 with python3, python3-venv, gcc, libc6-dev, binutils and uv; the result needs python3 and libnuma1
-# (and gcc with libc6-dev, where torch compiles).
+# Runs as root on Debian 13 with python3, python3-venv, gcc, libc6-dev, binutils, libnuma1 and uv. The result needs python3 and libnuma1.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -32,7 +31,14 @@ printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$version" > "vllm
     for soname in libcudnn.so.9 libcufile.so.0 libnccl.so.2; do ln -s libtorch_cuda.so $soname; done
 )
 
-# Dead weight: headers and static libraries, a compiler, the symbols for a debugger.
-rm -rf torch/include torch/bin/protoc* nvidia/cu13/include
+# Dead weight: headers and static libraries, a compiler, NVIDIA's profilers, the symbols for a debugger.
+rm -rf torch/include torch/bin/protoc* nvidia/cu13/include nvidia/cu13/lib/lib{checkpoint,nvperf_host,nvperf_target,pcsamplingutil}.so
 find . -name '*.a' -delete
 find . -name '*.so*' -type f -size +1M -exec strip --strip-unneeded {} +
+
+# Compile what a server imports: a container that cannot write here would do it again at every start (11 s).
+"$target/bin/python" -c '
+import peft, transformers.models.gemma3.modeling_gemma3
+import vllm.entrypoints.cli.main, vllm.entrypoints.cli.serve, vllm.entrypoints.openai.api_server, vllm.lora.worker_manager
+import vllm.model_executor.models.gemma3, vllm.v1.engine.core, vllm.v1.worker.cpu_model_runner, vllm.v1.worker.cpu_worker
+'
