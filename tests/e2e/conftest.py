@@ -4,9 +4,9 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from stack import ROOT, answers, call, forge_head, host, host_head, laptop, playbook, server
 
 import lab
+from stack import ROOT, answers, call, forge_head, host, host_head, laptop, playbook, server
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 
 import pytest
+
 from stack import CHECKOUT, CONTROL_PLANE, HUB, host, inspect, until
 
 CLONE = "/var/lib/e2e/clone"

@@ -6,6 +6,7 @@ What the preflight refuses is in tests/unit/test_preflight.py and tests/molecule
 from collections.abc import Iterator
 
 import pytest
+
 from stack import (
     BASE,
     CONTROL_PLANE,
@@ -110,7 +111,7 @@ def test_an_image_tag_that_does_not_exist_is_named() -> None:
 @pytest.mark.usefixtures("settings")
 def test_a_model_that_does_not_exist_is_named() -> None:
     run = playbook("update.yml", "-e", "server_model=google/nothing", ok=False)
-    assert "no model google/nothing@main" in run.words
+    assert "no model google/nothing@" in run.words
     assert "name a model that exists" in run.words
     assert "nothing was replaced" in run.words
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from stack import CHECKOUT, address, answers, headscale, host, laptop, node, reaches, until
 
 SERVED = {22, 8000}
