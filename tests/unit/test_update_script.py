@@ -271,7 +271,7 @@ def test_a_server_that_waits_for_a_model_is_not_waited_for(host: Host) -> None:
 
 
 def test_a_server_that_crashes_again_and_again_is_not_waited_for(host: Host) -> None:
-    (host.fake / "health").write_text("".join(f"starting {count} \n" for count in [3, 3, 4, 5]))
+    (host.fake / "health").write_text("".join(f"starting {count} \n" for count in range(3, 9)))
     result = host.update("--no-pull")
     assert result.returncode == 1
     assert "docker logs vllm-gemma" in result.stdout
