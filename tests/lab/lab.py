@@ -251,7 +251,6 @@ def play(*words: str) -> list[str]:
     Raises:
         StepError: it failed; the message ends with the log's end and path.
     """
-    said: list[str] = []
     task = "starts"
 
     def run_playbook(log: TextIO) -> str:
@@ -259,6 +258,7 @@ def play(*words: str) -> list[str]:
         process = subprocess.Popen(
             [ROOT / ".venv" / "bin" / "ansible-playbook", *words],
             cwd=ROOT,
+            env={**os.environ, "ANSIBLE_CALLBACK_RESULT_FORMAT": "json"},  # an answer on one line
             text=True,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -275,9 +275,7 @@ def play(*words: str) -> list[str]:
 
     name = words[0].removesuffix(".yml")
     run([Step(name, run_playbook, detail=lambda: task)], LOGS, workers=1)
-    text = " ".join((LOGS / f"{name}.log").read_text().split())
-    said += re.findall(r"'(SUCCESS: .*?)'(?= *(?:- '|$|PLAY RECAP|,))", text)
-    return said
+    return re.findall(r'"(SUCCESS: .*)"', (LOGS / f"{name}.log").read_text())
 
 
 def demo() -> None:
@@ -347,4 +345,6 @@ if __name__ == "__main__":
     try:
         {"up": up, "demo": demo, "down": down, "clean": clean}[sys.argv[1]]()
     except StepError as error:
-        fail(error)
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on from here, `make down` removes what runs")
