@@ -28,8 +28,6 @@ say() { echo "entrypoint.sh: $*"; }
 
 complete() { [[ $(cat "$model_dir/.complete" 2>/dev/null) == "$wanted" ]]; }
 
-known() { python3 -c 'import sys, huggingface_hub as hub; hub.model_info(sys.argv[1], revision=sys.argv[2])' "$@" 2>&1; }
-
 # Downloads into a directory beside the served one and renames it when it is whole: what serves now stays as it is.
 download() {
     local part=$store/.partial output
@@ -40,8 +38,9 @@ download() {
     mkdir -p "$part"
     echo "$wanted" >"$part/.wanted"
     [[ -n ${said-} ]] || say "fetching $wanted from ${HF_ENDPOINT:-the Hugging Face Hub}" >&2
-    # Asked first, because `hf download` is content with what is there when the hub does not answer.
-    if ! output=$(known "$SERVER_MODEL" "$SERVER_MODEL_REVISION" && hf download "$SERVER_MODEL" --revision "$SERVER_MODEL_REVISION" --local-dir "$part" 2>&1); then
+    # `hf download` alone is content with what an earlier try left when the hub does not answer.
+    if ! output=$(hf models info "$SERVER_MODEL" --revision "$SERVER_MODEL_REVISION" 2>&1 \
+        && hf download "$SERVER_MODEL" --revision "$SERVER_MODEL_REVISION" --local-dir "$part" 2>&1); then
         reason "$output"
         return 1
     fi
@@ -61,12 +60,12 @@ reason() {
     error=$(grep -m1 -o 'Error: .*' <<<"$1" || tail -n1 <<<"$1")
     error=${error#Error: } error=${error//$'\e[0m'/}
     case $error in
-    *Revision*'not found'*)
+    Revision*' not found'*)
         mend="name a revision that exists as SERVER_MODEL_REVISION in server/entrypoint.env, $again" ;;
-    *denied* | *'requires approval'* | *401* | *403*)
-        mend="accept the licence at https://huggingface.co/$SERVER_MODEL, make a read token, and: $put" ;;
     *"'$SERVER_MODEL' not found"*)
         mend="name a model that exists (and that the token may read) as SERVER_MODEL in server/entrypoint.env, $again" ;;
+    *denied* | *'requires approval'* | *401* | *403*)
+        mend="accept the licence at https://huggingface.co/$SERVER_MODEL, make a read token, and: $put" ;;
     *)
         mend="it is tried again every minute; see whether this host gets through: curl -I ${SERVER_HF_ENDPOINT:-https://huggingface.co}" ;;
     esac
@@ -74,7 +73,7 @@ reason() {
         error="uid 10001 cannot read server/secrets/huggingface/token"
         mend="sudo chown 10001:10000 server/secrets/huggingface/token"
     fi
-    say "no model $wanted: $error To mend it: $mend"
+    say "no model $wanted: ${error%.}. To mend it: $mend"
 }
 
 # Under a lock, because update.sh fetches in a container of its own.

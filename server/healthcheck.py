@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Ask a service on its Unix socket: `healthcheck.py SOCKET PATH`, exit 0 when it answers 200.
 
-What a service does before it listens (waits for a model, loads it) stands in the file `waiting` beside the socket.
-It is printed, so that `docker inspect` shows it and the healer knows that a restart would not help.
+What a service does before it listens (waits for a model, loads it) stands in the file `waiting` beside the
+socket. It is printed, so that `docker inspect` shows it and the healer knows that a restart would not help.
 """
 
 import socket

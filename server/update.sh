@@ -111,20 +111,25 @@ wants() { [[ ${#services[@]} -eq 0 || " ${services[*]} " == *" $1 "* ]]; }
 
 replaces() { [[ " ${replace[*]} " == *" $1 "* ]]; }
 
-health() { docker inspect -f '{{.State.Health.Status}} {{range .State.Health.Log}}{{.Output}}{{end}}' vllm-gemma; }
+# HEALTH RESTARTS OUTPUT, where the output is what the last health checks said
+inspect() { docker inspect -f '{{.State.Health.Status}} {{.RestartCount}} {{range .State.Health.Log}}{{.Output}} {{end}}' vllm-gemma | tr '\n' ' '; }
 
-# Until vllm-gemma is healthy, showing its log from SINCE on.
+healthy() { [[ $(inspect 2>/dev/null) == healthy* ]]; }
+
+# Until vllm-gemma is healthy, showing its log from SINCE on; not while it waits for a model or crashes again and again.
 follow() {
-    local since=$1 follower seen second=0
+    local since=$1 follower health restarts output first='' second=0
+    docker inspect vllm-gemma >/dev/null 2>&1 || die "there is no vllm-gemma yet: server/update.sh --no-pull"
     docker logs -f --since "$since" vllm-gemma 2>&1 &
     follower=$!
-    until seen=$(health); [[ $seen == healthy* || $seen == *'no model'* || $second -ge $patience ]]; do
+    while read -r health restarts output < <(inspect && echo) && ((second++ < patience)); do
+        [[ $health != healthy && $output != *'no model'* ]] || break
+        ((restarts <= ${first:=$restarts} + 1)) || break
         sleep 1
-        second=$((second + 1))
     done
-    kill "$follower"
+    kill "$follower" 2>/dev/null || true
     wait "$follower" 2>/dev/null || true
-    [[ $seen == healthy* ]] || die "vllm-gemma does not serve: $(tail -n1 <<<"$seen"). Its log: docker logs vllm-gemma.${pulled:+ Back to the former code: git -C $checkout reset --hard ORIG_HEAD && $checkout/server/update.sh --no-pull}"
+    [[ $health == healthy ]] || die "vllm-gemma does not serve: it is $health after $((restarts - ${first:-restarts})) restarts. ${output##*waiting: } Its log: docker logs vllm-gemma.${pulled:+ Back to the former code: git -C $checkout reset --hard ORIG_HEAD && $checkout/server/update.sh --no-pull}"
 }
 
 main() {
@@ -169,10 +174,10 @@ main() {
     fi
     keep_tags
     since=$(date +%s)
-    [[ ${#replace[@]} -eq 0 ]] || compose up -d --no-build "${services[@]}"
+    [[ ${#replace[@]} -eq 0 ]] || compose up -d --no-build "${services[@]}" || die "not all containers were started, see above; another run goes on from there"
     # A reply proves what answers requests; pod and tailscale alone are brought up before there is a model.
     if wants vllm-server || wants gateway; then
-        [[ $(health) == healthy* ]] || follow "$since"
+        healthy || follow "$since"
         docker exec vllm-gemma python3 /usr/local/bin/test_connection.py --base-url http://127.0.0.1:8000/v1 \
             || die "the stack runs, but gave no reply, see above"
     fi

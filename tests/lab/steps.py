@@ -6,11 +6,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
 HEARTBEAT_SECONDS = 30
 
@@ -29,9 +31,11 @@ class Step:
     name: str
     run: Callable[[TextIO], str]
     needs: Sequence[str] = ()
+    detail: Callable[[], str] | None = None
+    """What the step is at just now, for the lines that show progress."""
 
 
-def call(log: TextIO, *command: str | Path, env: Mapping[str, str] | None = None, stdin: int | None = None) -> None:
+def call(log: TextIO, *command: str | Path, env: Mapping[str, str] | None = None) -> None:
     """Run ``command`` with its output in ``log``.
 
     Raises:
@@ -39,7 +43,9 @@ def call(log: TextIO, *command: str | Path, env: Mapping[str, str] | None = None
     """
     words = [str(word) for word in command]
     print("+", *words, file=log, flush=True)
-    code = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, env=env, stdin=stdin or subprocess.DEVNULL).returncode
+    code = subprocess.run(
+        words, stdout=log, stderr=subprocess.STDOUT, env=env, stdin=subprocess.DEVNULL, check=False
+    ).returncode
     if code:
         raise StepError(f"{words[0]} {words[1] if len(words) > 1 else ''} ended with status {code}")
 
@@ -72,7 +78,9 @@ def run(steps: Sequence[Step], log_dir: Path, *, workers: int) -> None:
                 return step.run(log)
         except Exception as error:
             tail = "".join(f"    {line}\n" for line in path.read_text(errors="replace").splitlines()[-15:])
-            message = f"{step.name} failed: {error}\n{tail}  log: {path}\n  mend it and run the same command again"
+            message = (
+                f"{step.name} failed: {error}\n{tail}  log: {path}\n  mend it and run the same command again"
+            )
             raise StepError(message) from error
 
     with ThreadPoolExecutor(workers) as pool:
@@ -96,9 +104,17 @@ def run(steps: Sequence[Step], log_dir: Path, *, workers: int) -> None:
                     say(f"{step.name}: {what}" + (f" in {seconds:.0f} s" if seconds >= 1 else ""))
             if not ended:
                 with lock:
-                    ages = {s.name: time.monotonic() - started[s.name] for s in running.values() if s.name in started}
-                say("running: " + ", ".join(f"{name} ({age:.0f} s)" for name, age in ages.items())
-                    + (f"; next: {', '.join(waiting)}" if waiting else ""))
+                    ages = {
+                        step.name + (f", {step.detail()}" if step.detail else ""): time.monotonic()
+                        - started[step.name]
+                        for step in running.values()
+                        if step.name in started
+                    }
+                say(
+                    "running: "
+                    + ", ".join(f"{name} ({age:.0f} s)" for name, age in ages.items())
+                    + (f"; next: {', '.join(waiting)}" if waiting else "")
+                )
     if failed:
         raise failed
 

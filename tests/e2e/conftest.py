@@ -1,0 +1,41 @@
+"""The lab and the deployed stack, brought up once; a run that finds them reuses them."""
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+import lab
+from stack import ROOT, answers, call, forge_head, host, host_head, laptop, playbook, server
+
+
+@pytest.fixture(scope="session", autouse=True)
+def deployed() -> None:
+    """The stack on the host, of the working tree's code and the lab's inventory."""
+    call(sys.executable, ROOT / "tests" / "lab" / "lab.py", "up", seconds=2400)
+    # site.yml never pulls: what an earlier session left there gets today's code first.
+    if host("docker inspect vllm-gemma", ok=None).code == 0 and host_head() != forge_head():
+        playbook("update.yml")
+    playbook("site.yml", seconds=900)
+    answers()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def acquainted(deployed: None) -> None:  # noqa: ARG001 - the node's host key is made with the node
+    """The laptop knows the node's SSH host key, as after a person's first `ssh` there."""
+    laptop("rm -f /root/.ssh/known_hosts")
+    laptop("ssh -o StrictHostKeyChecking=accept-new root@function-gemma-server true")
+
+
+@pytest.fixture
+def settings() -> Iterator[None]:
+    """What the test changes in the host's settings and secrets is as before when it ends."""
+    server("umask 077 && tar -cf /run/e2e.tar .env *.env secrets")
+    yield
+    server("rm -rf secrets && tar -xf /run/e2e.tar && rm /run/e2e.tar")
+
+
+@pytest.fixture(scope="session")
+def adapters() -> str:
+    """Where the laptop has the trained adapters."""
+    return f"/home/checkout/{lab.CACHE.relative_to(ROOT)}/model"

@@ -1,0 +1,143 @@
+"""entrypoint.sh with stand-ins of `hf` and `vllm`, in directories of its own."""
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ENTRYPOINT = Path(__file__).parents[2] / "server" / "entrypoint.sh"
+MODEL = "google/functiongemma-270m-it"
+
+HF = """#!/bin/sh
+echo "hf $*" >> "$LOG"
+case "$1 $HUB" in
+    *up) ;;
+    "download half") echo half > "${7:-$6}/config.json"; echo "Error: Connection reset" >&2; exit 1 ;;
+    *half) ;;
+    *gated) echo "Error: Access denied. Model '$2' requires approval." >&2; exit 1 ;;
+    *unknown) echo "Error: Model '$MODEL' not found." >&2; exit 1 ;;
+    *revision) echo "Error: Revision 'main' not found on '$MODEL'." >&2; exit 1 ;;
+    *) echo "httpx.ConnectError: [Errno 111] Connection refused" >&2; exit 1 ;;
+esac
+[ "$1" != download ] || while [ $# -gt 0 ]; do
+    [ "$1" != --local-dir ] || echo "$MODEL" > "$2/config.json"
+    shift
+done
+"""
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Run entrypoint.sh with a hub that is up, gated, unknown, revision, half or down."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    for name, text in {"hf": HF, "vllm": '#!/bin/sh\necho "vllm $*"\necho "$VLLM_PLUGINS"\n'}.items():
+        (commands / name).write_text(text)
+        (commands / name).chmod(0o755)
+    script = tmp_path / "entrypoint.sh"
+    text = ENTRYPOINT.read_text()
+    script.write_text(text.replace("/models/", f"{tmp_path}/models/").replace("/run/", f"{tmp_path}/run/"))
+
+    def start(*arguments: str, hub: str = "up", **settings: str) -> subprocess.CompletedProcess[str]:
+        environment = {
+            "PATH": f"{commands}:{os.environ['PATH']}",
+            "LOG": str(tmp_path / "log"),
+            "HUB": hub,
+            "MODEL": settings.get("SERVER_MODEL", MODEL),
+        }
+        command = ["bash", str(script), *arguments]
+        return subprocess.run(
+            command, env={**environment, **settings}, capture_output=True, text=True, timeout=20, check=False
+        )
+
+    return start
+
+
+def base(tmp_path: Path, model: str = MODEL) -> Path:
+    return tmp_path / "models" / "base" / model
+
+
+def test_fetch_leaves_a_complete_copy_and_says_so_by_its_exit_status(run: Run, tmp_path: Path) -> None:
+    assert run("fetch").returncode == 0
+    assert (base(tmp_path) / "config.json").read_text().strip() == MODEL
+    assert (base(tmp_path) / ".complete").read_text().strip() == f"{MODEL}@main"
+
+
+def test_a_complete_copy_is_served_without_asking_the_hub(run: Run, tmp_path: Path) -> None:
+    run("fetch")
+    (tmp_path / "log").unlink()
+    served = run(hub="down")
+    assert f"vllm serve {base(tmp_path)} --served-model-name {MODEL}" in served.stdout
+    assert not (tmp_path / "log").exists()
+
+
+def test_another_revision_is_fetched(run: Run, tmp_path: Path) -> None:
+    run("fetch")
+    assert run("fetch", SERVER_MODEL_REVISION="v2").returncode == 0
+    assert (base(tmp_path) / ".complete").read_text().strip() == f"{MODEL}@v2"
+    assert "--revision v2" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("hub", ["down", "half"])
+def test_a_fetch_that_fails_leaves_the_copy_that_serves(run: Run, tmp_path: Path, hub: str) -> None:
+    run("fetch")
+    assert run("fetch", hub=hub, SERVER_MODEL_REVISION="v2").returncode == 1
+    assert (base(tmp_path) / "config.json").read_text().strip() == MODEL
+    assert run("fetch", hub="down").returncode == 0
+
+
+def test_what_an_earlier_try_left_does_not_pass_for_a_model(run: Run, tmp_path: Path) -> None:
+    assert run("fetch", hub="half").returncode == 1
+    assert run("fetch", hub="down").returncode == 1
+    assert not base(tmp_path).exists()
+
+
+@pytest.mark.parametrize(
+    ("hub", "why", "mend"),
+    [
+        ("gated", "requires approval", "server/secrets/huggingface/token"),
+        ("unknown", "not found", "SERVER_MODEL in server/entrypoint.env"),
+        ("revision", "Revision 'main' not found", "SERVER_MODEL_REVISION in server/entrypoint.env"),
+        ("down", "Connection refused", "curl -I"),
+    ],
+)
+def test_a_failed_fetch_says_in_one_line_what_is_wrong_and_what_mends_it(
+    run: Run, hub: str, why: str, mend: str
+) -> None:
+    result = run("fetch", hub=hub)
+    assert result.returncode == 1
+    [line] = result.stdout.splitlines()
+    assert line.startswith(f"entrypoint.sh: no model {MODEL}@main: ")
+    assert why in line
+    assert mend in line
+
+
+def test_it_says_what_it_serves_and_where(run: Run, tmp_path: Path) -> None:
+    run("fetch")
+    assert "serving it at http://0.0.0.0:8000/v1" in run().stdout
+    (tmp_path / "run" / "vllm").mkdir(parents=True)
+    stale = tmp_path / "run" / "vllm" / "vllm.sock"
+    stale.touch()
+    behind = run(SERVER_SOCKET=str(stale))
+    assert f"base model: {MODEL}@main" in behind.stdout
+    assert "serving it at http://function-gemma-server:8000/v1" in behind.stdout
+    assert f"--uds {stale}" in behind.stdout
+    assert not stale.exists()
+
+
+def test_settings_become_arguments(run: Run) -> None:
+    run("fetch", SERVER_MODEL="some/model")
+    served = run(SERVER_MODEL="some/model", SERVER_MAX_LORAS="3", SERVER_EXTRA_ARGS="--seed 1").stdout
+    assert "--max-loras 3 " in served
+    assert "--enable-prefix-caching" in served
+    assert served.splitlines()[-2].endswith("--seed 1")
+    assert served.splitlines()[-1] == "function_gemma"
+
+
+def test_any_other_command_is_run(run: Run) -> None:
+    assert run("echo", "hello").stdout == "hello\n"

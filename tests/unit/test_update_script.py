@@ -1,0 +1,284 @@
+"""update.sh in a clone of its own, with a stand-in of `docker` that notes what it is asked."""
+
+import fcntl
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SERVER = Path(__file__).parents[2] / "server"
+
+DOCKER = """#!/bin/bash
+echo "$*" >> "$FAKE/log"
+[ ! -e .lock ] || ! flock -n .lock true || echo unlocked >> "$FAKE/log"
+case "$*" in
+    "compose config") cat "$FAKE/config" 2>/dev/null || true ;;
+    "compose --dry-run up "*) cat "$FAKE/dry-run" 2>/dev/null || true ;;
+    "image ls -q "*) cat "$FAKE/images/${!#}" 2>/dev/null || true ;;
+    "compose ps -a --services") printf 'gateway\\ntailscale\\nvllm-server\\n' ;;
+    "compose build "*)
+        [ ! -e "$FAKE/build-fails" ] || exit 1
+        mkdir -p "$FAKE/images"
+        echo id > "$FAKE/images/vllm-gemma:$FUNCTION_GEMMA_TAG"
+        echo id > "$FAKE/images/tailscale-vllm:$TAILSCALE_VLLM_TAG" ;;
+    *"vllm-server fetch") [ ! -e "$FAKE/fetch-fails" ] || { echo "no model"; exit 1; } ;;
+    "inspect "*)
+        [ -s "$FAKE/health" ] || echo "healthy 0 200" > "$FAKE/health"
+        sed -n '1{p;q}' "$FAKE/health"
+        sed -i 1d "$FAKE/health" ;;
+    "exec "*test_connection.py*) echo "SUCCESS: model answered: reply" ;;
+esac
+"""
+
+REPLACE_VLLM = " DRY-RUN MODE -  Container 0123456789ab_vllm-gemma  Recreate\n"
+
+
+class Host:
+    """A clone of a small project, its forge, and what the stand-in of docker saw."""
+
+    def __init__(self, path: Path) -> None:
+        self.fake, self.forge, self.clone = path / "fake", path / "forge", path / "clone"
+        self.fake.mkdir()
+        (self.fake / "docker").write_text(DOCKER)
+        (self.fake / "docker").chmod(0o755)
+        server = self.forge / "server"
+        (server / "function_gemma").mkdir(parents=True)
+        (server / "function_gemma" / "a.py").write_text("a = 1\n")
+        (server / "haproxy").mkdir()
+        (server / "haproxy" / "haproxy.cfg").write_text("global\n")
+        (server / "Dockerfile").write_text("FROM x\nCOPY function_gemma /opt/\n")
+        (server / "Dockerfile.tailscale").write_text("FROM x\nCOPY tailscale.sh handover.sh /root/\n")
+        for name in ["update.sh", "tailscale.sh", "handover.sh"]:
+            shutil.copy(SERVER / name, server / name)
+        shutil.copy(SERVER.parent / ".gitignore", self.forge)
+        self.git("init", "-q", "-b", "main")
+        self.commit()
+        self.git("clone", "-q", str(self.forge), str(self.clone))
+
+    def git(self, *arguments: str) -> str:
+        settings = ["-c", "user.name=n", "-c", "user.email=e@x"]
+        command = ["git", "-C", str(self.forge), *settings, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def commit(self) -> str:
+        self.git("add", "-A")
+        self.git("commit", "-qm", "x")
+        return self.git("rev-parse", "--short=12", "HEAD")
+
+    def update(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PATH": f"{self.fake}:{os.environ['PATH']}", "FAKE": str(self.fake)}
+        command = [str(self.clone / "server" / "update.sh"), *arguments]
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=30, check=False
+        )
+
+    def calls(self) -> list[str]:
+        log = self.fake / "log"
+        return log.read_text().splitlines() if log.exists() else []
+
+    def tags(self) -> dict[str, str]:
+        lines = (self.clone / "server" / ".env").read_text().splitlines()
+        return dict(line.split("=", 1) for line in lines)
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return Host(tmp_path)
+
+
+def last(result: subprocess.CompletedProcess[str]) -> str:
+    return result.stdout.splitlines()[-1]
+
+
+def test_a_second_run_builds_nothing_and_says_so_in_its_last_line(host: Host) -> None:
+    (host.fake / "dry-run").write_text(REPLACE_VLLM)
+    first = host.update()
+    assert last(first) == "changed=1"
+    assert "compose build --quiet vllm-server tailscale" in host.calls()
+    (host.fake / "dry-run").write_text(" DRY-RUN MODE -  Container vllm-gemma  Running\n")
+    (host.fake / "log").unlink()
+    second = host.update()
+    assert "SUCCESS: model answered: reply" in second.stdout
+    assert last(second) == "changed=0"
+    assert not [call for call in host.calls() if call.startswith(("compose build", "compose up"))]
+
+
+def test_a_plan_needs_no_images_and_changes_nothing(host: Host) -> None:
+    (host.fake / "dry-run").write_text(REPLACE_VLLM)
+    plan = host.update("--plan")
+    assert "would build: the image of vllm-server" in plan.stdout
+    assert "would replace or start: vllm-gemma" in plan.stdout
+    assert last(plan) == "changed=1"
+    status = ["git", "-C", str(host.clone), "status", "--short", "--ignored"]
+    assert subprocess.run(status, check=True, capture_output=True, text=True).stdout == ""
+    assert not [
+        call for call in host.calls() if call.startswith(("compose build", "compose up", "compose run"))
+    ]
+
+
+def test_a_plan_names_what_would_be_pulled_and_pulls_nothing(host: Host) -> None:
+    before = host.git("rev-parse", "--short=12", "HEAD")
+    (host.forge / "new").touch()
+    after = host.commit()
+    plan = host.update("--plan")
+    assert f"would pull main: {before} → {after}" in plan.stdout
+    assert last(plan) == "changed=1"
+    assert not (host.clone / "new").exists()
+
+
+def test_a_pull_goes_on_as_the_new_code(host: Host) -> None:
+    host.update()
+    script = host.forge / "server" / "update.sh"
+    script.write_text(
+        script.read_text().replace('say() { echo "update.sh:', 'say() { echo "the new update.sh:')
+    )
+    haproxy = host.forge / "server" / "haproxy" / "haproxy.cfg"
+    haproxy.write_text("changed\n")
+    host.commit()
+    (host.fake / "dry-run").write_text(" DRY-RUN MODE -  Container gateway-gemma  Recreate\n")
+    before = host.tags()
+    result = host.update()
+    assert "update.sh: pulled main" in result.stdout
+    assert "the new update.sh: replace or start: gateway-gemma" in result.stdout
+    assert last(result) == "changed=1"
+    assert host.tags()["GATEWAY_CONFIG_TAG"] != before["GATEWAY_CONFIG_TAG"]
+    assert host.tags()["FUNCTION_GEMMA_TAG"] == before["FUNCTION_GEMMA_TAG"]
+
+
+def test_a_checkout_at_a_commit_is_not_pulled_and_it_says_so(host: Host) -> None:
+    subprocess.run(["git", "-C", host.clone, "checkout", "-q", "--detach"], check=True)
+    (host.forge / "new").touch()
+    host.commit()
+    result = host.update()
+    assert "on no branch: nothing is pulled" in result.stdout
+    assert result.returncode == 0
+    assert not (host.clone / "new").exists()
+
+
+def test_a_pull_that_is_no_fast_forward_changes_nothing(host: Host) -> None:
+    host.git("commit", "-q", "--amend", "-m", "rewritten")
+    result = host.update()
+    assert result.returncode == 1
+    assert "nothing has changed" in result.stdout
+    assert host.calls() == []
+
+
+def tag_after(host: Host, path: str, content: str) -> tuple[str, str]:
+    """Return the image's tag before and after a file of server/ is written."""
+    host.update("--no-pull")
+    before = host.tags()["FUNCTION_GEMMA_TAG"]
+    target = host.clone / "server" / path
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(content)
+    host.update("--no-pull")
+    return before, host.tags()["FUNCTION_GEMMA_TAG"]
+
+
+@pytest.mark.parametrize(
+    ("path", "content"),
+    [
+        ("function_gemma/a.py", "a = 2\n"),
+        ("function_gemma/b.py", ""),
+        ("Dockerfile", "FROM y\nCOPY function_gemma /opt/\n"),
+    ],
+)
+def test_another_image_has_another_tag(host: Host, path: str, content: str) -> None:
+    before, after = tag_after(host, path, content)
+    assert before != after
+
+
+@pytest.mark.parametrize(
+    ("path", "content"), [("README.md", "prose\n"), ("function_gemma/__pycache__/a.pyc", "x")]
+)
+def test_what_is_not_built_changes_no_tag(host: Host, path: str, content: str) -> None:
+    before, after = tag_after(host, path, content)
+    assert before == after
+
+
+def test_the_base_image_that_compose_resolves_is_part_of_the_tag(host: Host) -> None:
+    host.update("--no-pull")
+    before = host.tags()
+    (host.fake / "config").write_text("      args:\n        VLLM_IMAGE: other:v1\n")
+    host.update("--no-pull")
+    assert host.tags()["FUNCTION_GEMMA_TAG"] != before["FUNCTION_GEMMA_TAG"]
+    assert host.tags()["TAILSCALE_VLLM_TAG"] == before["TAILSCALE_VLLM_TAG"]
+
+
+def test_the_settings_in_env_stay(host: Host) -> None:
+    env = host.clone / "server" / ".env"
+    env.write_text("# mine\nCOMPOSE_FILE=a.yml\nFUNCTION_GEMMA_TAG=old\n")
+    host.update("--no-pull")
+    lines = env.read_text().splitlines()
+    assert lines[:2] == ["# mine", "COMPOSE_FILE=a.yml"]
+    assert len([line for line in lines if line.startswith("FUNCTION_GEMMA_TAG=")]) == 1
+
+
+@pytest.mark.parametrize("broken", ["build-fails", "fetch-fails"])
+def test_what_fails_before_a_replacement_replaces_nothing(host: Host, broken: str) -> None:
+    (host.fake / "dry-run").write_text(REPLACE_VLLM)
+    (host.fake / broken).touch()
+    result = host.update("--no-pull")
+    assert result.returncode == 1
+    assert "nothing was replaced" in result.stdout
+    assert "compose up -d --no-build" not in host.calls()
+    assert not (host.clone / "server" / ".env").exists()
+
+
+def test_pod_and_tailscale_come_up_before_there_is_a_model(host: Host) -> None:
+    (host.fake / "dry-run").write_text(" DRY-RUN MODE -  Container tailscale-vllm  Creating\n")
+    result = host.update("--no-pull", "pod", "tailscale")
+    assert last(result) == "changed=1"
+    assert "compose build --quiet tailscale" in host.calls()
+    assert "compose up -d --no-build pod tailscale" in host.calls()
+    assert not [call for call in host.calls() if "test_connection.py" in call or call.endswith("fetch")]
+    assert "FUNCTION_GEMMA_TAG" not in host.tags()
+
+
+def test_a_pod_that_is_replaced_takes_along_what_lives_in_it(host: Host) -> None:
+    (host.fake / "dry-run").write_text(" DRY-RUN MODE -  Container function-gemma-pod  Recreate\n")
+    host.update("--no-pull", "gateway")
+    assert "compose up -d --no-build gateway gateway tailscale vllm-server" in host.calls()
+
+
+def test_a_second_run_waits_and_says_who_is_at_work(host: Host) -> None:
+    lock = host.clone / "server" / ".lock"
+    lock.write_text("the run of ops, process 7, since noon\n")
+    with lock.open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        environment = {**os.environ, "PATH": f"{host.fake}:{os.environ['PATH']}", "FAKE": str(host.fake)}
+        second = subprocess.Popen(
+            [host.clone / "server" / "update.sh", "--no-pull"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert second.stdout
+        assert second.stdout.readline() == "update.sh: waiting for the run of ops, process 7, since noon\n"
+        assert host.calls() == []
+        fcntl.flock(held, fcntl.LOCK_UN)
+        assert second.communicate(timeout=30)[0].splitlines()[-1] == "changed=1"
+    assert "unlocked" not in host.calls()
+
+
+def test_a_server_that_waits_for_a_model_is_not_waited_for(host: Host) -> None:
+    (host.fake / "health").write_text("starting 0 loading\n" * 2 + "starting 0 waiting: no model x\n" * 2)
+    result = host.update("--no-pull")
+    assert result.returncode == 1
+    assert "vllm-gemma does not serve" in result.stdout
+    assert "no model x" in result.stdout
+
+
+def test_a_server_that_crashes_again_and_again_is_not_waited_for(host: Host) -> None:
+    (host.fake / "health").write_text("".join(f"starting {count} \n" for count in range(3, 9)))
+    result = host.update("--no-pull")
+    assert result.returncode == 1
+    assert "docker logs vllm-gemma" in result.stdout
+
+
+def test_a_wrong_option_shows_the_usage_and_does_nothing(host: Host) -> None:
+    result = host.update("--bogus")
+    assert result.returncode == 2
+    assert "update.sh [--no-pull] [--plan] [SERVICE…]" in result.stdout
+    assert host.calls() == []
