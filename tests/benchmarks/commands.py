@@ -95,8 +95,8 @@ def main() -> None:
     TABLE.write_text(
         "# How long the commands take\n\n"
         "Written by `make bench` (and `make bench-cold`, which takes an hour); each figure is one run.\n\n"
-        f"Last written on {datetime.now(UTC):%F}: {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}"
-        f" {platform.machine()}, Python {platform.python_version()}.\n\n"
+        f"Last written on {datetime.now(UTC):%F}: {os.cpu_count()} cores, {memory:.0f} GiB, "
+        f"{platform.system()} {platform.machine()}, Python {platform.python_version()}.\n\n"
         "| command | state | seconds | wanted at most |\n|---|---|---:|---:|\n"
         + "\n".join(sorted(rows))
         + "\n"

@@ -1,1 +1,1 @@
-"""What the preflight refuses, seen without a host: the controller, the inventory, the variables and the adapters."""
+"""What the preflight says of a controller without the lab; the rest is in tests/molecule/preflight."""
