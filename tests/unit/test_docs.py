@@ -22,7 +22,7 @@ PAGES = [
     "CONTRIBUTING.md",
     "CHANGELOG.md",
 ]
-EXTENSIONS = r"\.(?:cfg|env|hujson|json|md|py|safetensors|sh|toml|txt|ya?ml)"
+EXTENSIONS = r"\.(?:cfg|conf|env|hujson|json|md|py|safetensors|sh|toml|txt|ya?ml)"
 # Whose hosts only a machine's own configuration may name. In pieces, or this file would name them.
 REGISTRIES = [
     *(("pypi", "org"), ("pythonhosted", "org"), ("deb.debian", "org"), ("security.debian", "org")),
