@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from steps import StepError
+from steps import StepError, call
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,6 +53,33 @@ def docker(*words: str | Path) -> str:
     """Standard output of a docker command; an empty string where it fails."""
     done = subprocess.run(["docker", *map(str, words)], capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+_apt = threading.Lock()  # steps run side by side, apt does not
+
+
+def need(program: str, package: str, log: TextIO) -> None:
+    """Install Debian's ``package`` where ``program`` is missing.
+
+    Raises:
+        StepError: there is no apt-get to do it.
+    """
+    with _apt:
+        # Debian keeps daemons where a user's PATH does not look.
+        if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin"):
+            return
+        if not shutil.which("apt-get"):
+            raise StepError(f"{program} is missing, and there is no apt-get: install it, then run this again")
+        call(log, *sudo(), "apt-get", "update")
+        install = (
+            "env",
+            "DEBIAN_FRONTEND=noninteractive",
+            "apt-get",
+            "install",
+            "-y",
+            "--no-install-recommends",
+        )
+        call(log, *sudo(), *install, *package.split())
 
 
 def wait_until(what: str, ready: Callable[[], bool], log: TextIO) -> None:

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from common import CACHE, LAB, LABEL, REGISTRY, ROOT, SUITE, digest, docker, is_current, remade, sudo
+from common import CACHE, LAB, LABEL, REGISTRY, ROOT, SUITE, digest, docker, is_current, need, remade, sudo
 from steps import call
 
 if TYPE_CHECKING:
@@ -94,27 +94,9 @@ def base(log: TextIO) -> str:
     debian = f"{LABEL}/debian:{SUITE}"
     folder = remade(CACHE / "context" / "base")
     if shutil.which("apt-get"):
-        if not shutil.which("mmdebstrap"):
-            call(log, *sudo(), "apt-get", "update")
-            call(
-                log,
-                *sudo(),
-                "apt-get",
-                "install",
-                "-y",
-                "--no-install-recommends",
-                "mmdebstrap",
-                "debian-archive-keyring",
-            )
-        call(
-            log,
-            *sudo(),
-            "mmdebstrap",
-            "--variant=minbase",
-            "--include=ca-certificates",
-            SUITE,
-            folder / "root.tar",
-        )
+        need("mmdebstrap", "mmdebstrap debian-archive-keyring", log)
+        bootstrap = ("mmdebstrap", "--variant=minbase", "--include=ca-certificates", SUITE)
+        call(log, *sudo(), *bootstrap, folder / "root.tar")
         call(log, "docker", "import", folder / "root.tar", debian)
         call(log, *sudo(), "rm", "-f", folder / "root.tar")
     else:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from common import (
     ROOT,
     UV,
     docker,
+    need,
     sudo,
     wait_until,
 )
@@ -57,24 +57,7 @@ def engine(log: TextIO) -> str:
     """Start a Docker engine where none answers, installing Debian's where there is none."""
     if docker("info", "--format", "{{.ServerVersion}}"):
         return "answers"
-    if not (shutil.which("dockerd") or Path("/usr/sbin/dockerd").exists()):
-        if not shutil.which("apt-get"):
-            raise StepError(
-                "no Docker here and no apt-get to install it: install Docker, then run this again"
-            )
-        call(log, *sudo(), "apt-get", "update")
-        call(
-            log,
-            *sudo(),
-            "env",
-            "DEBIAN_FRONTEND=noninteractive",
-            "apt-get",
-            "install",
-            "-y",
-            "--no-install-recommends",
-            "docker.io",
-            "iptables",
-        )
+    need("dockerd", "docker.io iptables", log)
     if Path("/run/systemd/system").is_dir():
         call(log, *sudo(), "systemctl", "start", "docker")
     elif not docker("info", "--format", "{{.ServerVersion}}"):

@@ -23,6 +23,7 @@ from common import (
     digest,
     docker,
     is_current,
+    need,
     remade,
     wait_until,
 )
@@ -99,6 +100,7 @@ def ssh_keys(log: TextIO) -> str:
     folder = CACHE / "ssh"
     if is_current(folder, "1"):
         return "reused"
+    need("ssh-keygen", "openssh-client", log)
     remade(folder)
     for name in ("id_ed25519", "deploy_key", "host_key", "forge_key"):
         call(log, "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", f"lab {name}", "-f", folder / name)
