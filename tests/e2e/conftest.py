@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-import lab
+import common as lab
 from stack import ROOT, answers, call, forge_head, host, host_head, laptop, playbook, server
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import lab
+import common as lab
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -90,9 +90,11 @@ def test_the_lint_definition_over_the_tailnet_equals_its_source() -> None:
 
 def test_the_caching_client_pulls_the_definition_once() -> None:
     since = host("date +%s.%N").last
-    python = "PYTHONDONTWRITEBYTECODE=1 uv run -q --no-project --with httpx --with hishel python"
-    client = f"{python} -m function_gemma.agents.client --cache-dir $cache lint"
-    twice = laptop(f"cache=$(mktemp -d) && cd server && {client} && {client} && rm -r $cache").stdout
+    python = "uv run -q --no-project --with './server[client]' python"
+    client = f"{python} -m function_gemma.agents.client --cache-dir cache lint"
+    # A copy, because the laptop has the repository read-only and an installation builds there.
+    work = "here=$(mktemp -d) && cp -r server $here && cd $here"
+    twice = laptop(f"{work} && {client} && {client} && rm -r $here").stdout
     log = host(f"docker logs --since {since} gateway-gemma").stdout
     statuses = re.findall(r" (\d{3}) .*\"GET /agents/lint/lint_subagent.yaml", log)
     assert statuses[0] == "200"

@@ -119,7 +119,7 @@ def run(steps: Sequence[Step], log_dir: Path, *, workers: int) -> None:
         raise failed
 
 
-def fail(error: Exception) -> None:
+def fail(why: str) -> None:
     """Print why the command stops and stop with status 1."""
-    print(f"\n{error}", file=sys.stderr)
+    print(f"\n{why}", file=sys.stderr)
     raise SystemExit(1)

@@ -1,1 +1,1 @@
-"""What the preflight says of a controller without the lab, and of a host that is too old; the rest is in tests/molecule/preflight."""
+"""What the preflight says of a controller without the lab; the rest is in tests/molecule/preflight."""

@@ -1,4 +1,6 @@
+#!/bin/sh
 # What the preflight wants to know of a host, as one JSON object. It needs nothing but a POSIX shell and changes nothing.
+# shellcheck disable=SC1091  # every host has its own
 . /etc/os-release
 yes_if() { if "$@" >/dev/null 2>&1; then echo true; else echo false; fi; }
 state=$(docker volume inspect --format '{{.Mountpoint}}' function-gemma-server_tailscale-state 2>/dev/null)/tailscaled.state
