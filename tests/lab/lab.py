@@ -217,7 +217,7 @@ def plan() -> list[Step]:
             ),
             ["networks", "image-host", "ssh-keys"],
         ),
-        Step("host-ready", host_ready, ["host"]),
+        Step("host-ready", host_ready, ["host", "headscale-ready"]),
     ]
 
 

@@ -230,6 +230,15 @@ def headscale_ready(log: TextIO) -> str:
     return "keys made"
 
 
+def forget(machine: str, log: TextIO) -> None:
+    """Remove a machine from the tailnet, as its owner does before another takes its name."""
+    nodes = json.loads(docker("exec", "lab-headscale", "headscale", "nodes", "list", "-o", "json")) or []
+    delete = ("docker", "exec", "lab-headscale", "headscale", "nodes", "delete", "--force", "-i")
+    for node in nodes:
+        if node["name"] == machine:
+            call(log, *delete, str(node["id"]))
+
+
 def laptop_joins(log: TextIO) -> str:
     """Bring the laptop onto the tailnet."""
     # Only headscale is reachable from home, by its address on the internet, as any control plane is.
@@ -288,6 +297,7 @@ def host_ready(log: TextIO) -> str:
     """Wait until the bare host has booted and lets the operator in by SSH."""
     folder = CACHE / "ssh"
     if not docker("exec", "lab-host", "ls", "/root/.ssh/authorized_keys"):
+        forget("function-gemma-server", log)
         call(log, "docker", "cp", folder / "host_key", "lab-host:/etc/ssh/ssh_host_ed25519_key")
         call(
             log,
