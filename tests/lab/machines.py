@@ -288,50 +288,22 @@ def host_ready(log: TextIO) -> str:
     """Wait until the bare host has booted and lets the operator in by SSH."""
     folder = CACHE / "ssh"
     if not docker("exec", "lab-host", "ls", "/root/.ssh/authorized_keys"):
-        call(log, "docker", "cp", folder / "host_key", "lab-host:/etc/ssh/ssh_host_ed25519_key")
-        call(
-            log,
-            "docker",
-            "exec",
-            "lab-host",
-            "sh",
-            "-ec",
-            "chown root: /etc/ssh/ssh_host_ed25519_key; mkdir -p -m 700 /root/.ssh",
-        )
-        call(log, "docker", "cp", folder / "id_ed25519.pub", "lab-host:/root/.ssh/authorized_keys")
-        call(
-            log,
-            "docker",
-            "exec",
-            "lab-host",
-            "sh",
-            "-ec",
-            "chown root: /root/.ssh/authorized_keys; systemctl restart ssh --no-block",
-        )
-    wait_until(
-        "the bare host's SSH",
-        lambda: (
-            subprocess.run(
-                [
-                    "ssh",
-                    "-i",
-                    folder / "id_ed25519",
-                    "-o",
-                    f"UserKnownHostsFile={folder / 'known_hosts'}",
-                    "-o",
-                    "ConnectTimeout=2",
-                    "-o",
-                    "BatchMode=yes",
-                    f"root@{HOST}",
-                    "true",
-                ],
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                check=False,
-            ).returncode
-            == 0
-        ),
-        log,
-    )
+        inside = ("docker", "exec", "lab-host")
+        call(log, *inside, "mkdir", "-p", "-m", "700", "/root/.ssh")
+        for source, target in (
+            ("host_key", "/etc/ssh/ssh_host_ed25519_key"),
+            ("id_ed25519.pub", "/root/.ssh/authorized_keys"),
+        ):
+            call(log, "docker", "cp", folder / source, f"lab-host:{target}")
+            call(log, *inside, "chown", "root:", target)
+        call(log, *inside, "systemctl", "restart", "ssh", "--no-block")
+    options = (f"UserKnownHostsFile={folder / 'known_hosts'}", "ConnectTimeout=2", "BatchMode=yes")
+    ssh = ["ssh", "-i", str(folder / "id_ed25519"), *(word for option in options for word in ("-o", option))]
+
+    def lets_in() -> bool:
+        command = [*ssh, f"root@{HOST}", "true"]
+        done = subprocess.run(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, check=False)
+        return done.returncode == 0
+
+    wait_until("the bare host's SSH", lets_in, log)
     return "answers"
