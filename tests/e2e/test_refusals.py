@@ -118,8 +118,9 @@ def test_a_model_that_does_not_exist_is_named() -> None:
 
 @pytest.mark.usefixtures("settings")
 def test_a_token_that_is_needed_is_asked_for_with_the_command_that_places_it() -> None:
-    server("rm secrets/huggingface/token && echo SERVER_MODEL_REVISION=another >>entrypoint.env")
+    # A revision that the host does not hold yet: the inventory names a commit.
+    server("rm secrets/huggingface/token && echo SERVER_MODEL_REVISION=main >>entrypoint.env")
     update = server("./update.sh --no-pull", ok=False).words
-    assert f"no model {BASE}@another" in update
+    assert f"no model {BASE}@main" in update
     assert "make a read token, and: sudo install -D -m 0400 -o 10001 -g 10000 TOKENFILE" in update
     assert "nothing was replaced" in update
