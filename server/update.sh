@@ -102,7 +102,8 @@ survey() {
     mapfile -t replace < <(sed -nE 's/.* Container ([0-9a-f]{12}_)?([^ ]+) +(Recreate|Creating|Starting)$/\2/p' <<<"$lines" | sort -u)
     # A pod that is replaced takes with it what lives in it.
     if replaces function-gemma-pod && [[ ${#services[@]} -gt 0 && $1 != again ]]; then
-        mapfile -t -O "${#services[@]}" services < <(compose ps -a --services)
+        # Compose prints an empty line where there is no container yet.
+        mapfile -t -O "${#services[@]}" services < <(compose ps -a --services | sed /^$/d)
         survey again
     fi
 }

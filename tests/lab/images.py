@@ -55,6 +55,14 @@ def tag_of(image: str) -> str:
     return f"{LABEL}/{image}:{key_of(image)}"
 
 
+def docker_build(log: TextIO, image: str, folder: Path, argument: str) -> None:
+    """Build ``image`` from its Dockerfile with ``folder`` beside it."""
+    dockerfile = LAB / "images" / f"{image}.Dockerfile"
+    options = ("-t", tag_of(image), "--label", LABEL, "--build-arg", argument, "-f", dockerfile)
+    # Debian 12's engine has no buildx beside it: the classic builder does all that is needed here.
+    call(log, "docker", "build", *options, folder, env={**os.environ, "DOCKER_BUILDKIT": "0"})
+
+
 def build_image(image: str, context: Callable[[], Iterable[Path]] = lambda: ()) -> Callable[[TextIO], str]:
     """A step that builds ``image`` from its Dockerfile, with ``context()`` beside it."""
 
@@ -65,22 +73,7 @@ def build_image(image: str, context: Callable[[], Iterable[Path]] = lambda: ()) 
         folder = remade(CACHE / "context" / image)
         for path in context():
             shutil.copy(path, folder)
-        # Debian 12's engine has no buildx beside it: the classic builder does all that is needed here.
-        call(
-            log,
-            "docker",
-            "build",
-            "-t",
-            tag,
-            "--label",
-            LABEL,
-            "--build-arg",
-            f"BASE={tag_of('base')}",
-            "-f",
-            LAB / "images" / f"{image}.Dockerfile",
-            folder,
-            env={**os.environ, "DOCKER_BUILDKIT": "0"},
-        )
+        docker_build(log, image, folder, f"BASE={tag_of('base')}")
         return "built"
 
     return build
@@ -105,21 +98,7 @@ def base(log: TextIO) -> str:
     (folder / "ca").mkdir()
     for certificate in CERTIFICATES:
         shutil.copy(certificate, folder / "ca")
-    call(
-        log,
-        "docker",
-        "build",
-        "-t",
-        tag,
-        "--label",
-        LABEL,
-        "--build-arg",
-        f"DEBIAN={debian}",
-        "-f",
-        LAB / "images" / "base.Dockerfile",
-        folder,
-        env={**os.environ, "DOCKER_BUILDKIT": "0"},
-    )
+    docker_build(log, "base", folder, f"DEBIAN={debian}")
     return "built"
 
 

@@ -297,6 +297,7 @@ def host_ready(log: TextIO) -> str:
     """Wait until the bare host has booted and lets the operator in by SSH."""
     folder = CACHE / "ssh"
     if not docker("exec", "lab-host", "ls", "/root/.ssh/authorized_keys"):
+<<<<<<< HEAD
         forget("function-gemma-server", log)
         call(log, "docker", "cp", folder / "host_key", "lab-host:/etc/ssh/ssh_host_ed25519_key")
         call(
@@ -344,4 +345,24 @@ def host_ready(log: TextIO) -> str:
         ),
         log,
     )
+=======
+        inside = ("docker", "exec", "lab-host")
+        call(log, *inside, "mkdir", "-p", "-m", "700", "/root/.ssh")
+        for source, target in (
+            ("host_key", "/etc/ssh/ssh_host_ed25519_key"),
+            ("id_ed25519.pub", "/root/.ssh/authorized_keys"),
+        ):
+            call(log, "docker", "cp", folder / source, f"lab-host:{target}")
+            call(log, *inside, "chown", "root:", target)
+        call(log, *inside, "systemctl", "restart", "ssh", "--no-block")
+    options = (f"UserKnownHostsFile={folder / 'known_hosts'}", "ConnectTimeout=2", "BatchMode=yes")
+    ssh = ["ssh", "-i", str(folder / "id_ed25519"), *(word for option in options for word in ("-o", option))]
+
+    def lets_in() -> bool:
+        command = [*ssh, f"root@{HOST}", "true"]
+        done = subprocess.run(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, check=False)
+        return done.returncode == 0
+
+    wait_until("the bare host's SSH", lets_in, log)
+>>>>>>> main
     return "answers"
