@@ -297,55 +297,7 @@ def host_ready(log: TextIO) -> str:
     """Wait until the bare host has booted and lets the operator in by SSH."""
     folder = CACHE / "ssh"
     if not docker("exec", "lab-host", "ls", "/root/.ssh/authorized_keys"):
-<<<<<<< HEAD
         forget("function-gemma-server", log)
-        call(log, "docker", "cp", folder / "host_key", "lab-host:/etc/ssh/ssh_host_ed25519_key")
-        call(
-            log,
-            "docker",
-            "exec",
-            "lab-host",
-            "sh",
-            "-ec",
-            "chown root: /etc/ssh/ssh_host_ed25519_key; mkdir -p -m 700 /root/.ssh",
-        )
-        call(log, "docker", "cp", folder / "id_ed25519.pub", "lab-host:/root/.ssh/authorized_keys")
-        call(
-            log,
-            "docker",
-            "exec",
-            "lab-host",
-            "sh",
-            "-ec",
-            "chown root: /root/.ssh/authorized_keys; systemctl restart ssh --no-block",
-        )
-    wait_until(
-        "the bare host's SSH",
-        lambda: (
-            subprocess.run(
-                [
-                    "ssh",
-                    "-i",
-                    folder / "id_ed25519",
-                    "-o",
-                    f"UserKnownHostsFile={folder / 'known_hosts'}",
-                    "-o",
-                    "ConnectTimeout=2",
-                    "-o",
-                    "BatchMode=yes",
-                    f"root@{HOST}",
-                    "true",
-                ],
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                check=False,
-            ).returncode
-            == 0
-        ),
-        log,
-    )
-=======
         inside = ("docker", "exec", "lab-host")
         call(log, *inside, "mkdir", "-p", "-m", "700", "/root/.ssh")
         for source, target in (
@@ -364,5 +316,4 @@ def host_ready(log: TextIO) -> str:
         return done.returncode == 0
 
     wait_until("the bare host's SSH", lets_in, log)
->>>>>>> main
     return "answers"
