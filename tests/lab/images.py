@@ -60,7 +60,7 @@ def docker_build(log: TextIO, image: str, folder: Path, argument: str) -> None:
     dockerfile = LAB / "images" / f"{image}.Dockerfile"
     options = ("-t", tag_of(image), "--label", LABEL, "--build-arg", argument, "-f", dockerfile)
     # Debian 12's engine has no buildx beside it: the classic builder does all that is needed here.
-    call(log, "docker", "build", *options, folder, env={**os.environ, "DOCKER_BUILDKIT": "0"})
+    call(log, "docker", "build", "--force-rm", *options, folder, env={**os.environ, "DOCKER_BUILDKIT": "0"})
 
 
 def build_image(image: str, context: Callable[[], Iterable[Path]] = lambda: ()) -> Callable[[TextIO], str]:

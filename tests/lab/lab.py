@@ -282,25 +282,33 @@ and from the laptop on the tailnet (make shell):
 `make down` removes it all again."""
 
 
-def down() -> None:
-    """Remove every container, network, volume and process of the lab; images and the cache stay."""
-    if docker("info", "--format", "{{.ServerVersion}}"):
-        for kind, remove in (
-            ("container", ["rm", "-f", "-v"]),
-            ("network", ["network", "rm"]),
-            ("volume", ["volume", "rm"]),
-        ):
-            listed = docker(
-                kind, "ls", *(["-a"] if kind == "container" else []), "-q", "--filter", f"label={LABEL}"
-            ).split()
-            if listed:
-                subprocess.run(["docker", *remove, *listed], check=True, stdout=subprocess.DEVNULL)
-                say(f"removed {len(listed)} {kind}{'s' if len(listed) > 1 else ''}")
+def remove() -> None:
+    """Remove every container, network and volume of the lab."""
+    for kind, command in (
+        ("container", ["rm", "-f", "-v"]),
+        ("network", ["network", "rm"]),
+        ("volume", ["volume", "rm"]),
+    ):
+        all_of_them = ["-a"] if kind == "container" else []
+        listed = docker(kind, "ls", *all_of_them, "-q", "--filter", f"label={LABEL}").split()
+        if listed:
+            subprocess.run(["docker", *command, *listed], check=True, stdout=subprocess.DEVNULL)
+            say(f"removed {len(listed)} {kind}{'s' if len(listed) > 1 else ''}")
+
+
+def stop_engine() -> None:
+    """Stop the Docker engine if the lab started it."""
     pid = CACHE / "dockerd.pid"
     if pid.exists():
         stop(int(pid.read_text()))
         pid.unlink()
         say("stopped the Docker engine that the lab had started")
+
+
+def down() -> None:
+    """Remove what the lab runs, its engine included; images and the cache stay."""
+    remove()
+    stop_engine()
 
 
 def stop(pid: int) -> None:
@@ -314,12 +322,11 @@ def stop(pid: int) -> None:
 
 
 def clean() -> None:
-    """All of ``down``, then the images and the git-ignored cache."""
-    images = docker("image", "ls", "-q", "--filter", f"label={LABEL}").split()
-    images += docker("image", "ls", "-q", f"{LABEL}/*").split()
-    if images:
-        subprocess.run(["docker", "rmi", "-f", *dict.fromkeys(images)], check=True, stdout=subprocess.DEVNULL)
-    down()
+    """All of ``down``, and the images and the git-ignored cache."""
+    remove()
+    if images := docker("image", "ls", "--format", "{{.Repository}}:{{.Tag}}", f"{LABEL}/*").split():
+        subprocess.run(["docker", "image", "rm", *images], check=True, stdout=subprocess.DEVNULL)
+    stop_engine()
     subprocess.run([*sudo(), "rm", "-rf", str(ROOT / ".cache"), str(ROOT / ".venv")], check=True)
     say("removed .cache, .venv and the lab's images")
 
