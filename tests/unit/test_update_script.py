@@ -247,7 +247,7 @@ def test_a_bare_host_gets_a_pod_and_a_sidecar(host: Host) -> None:
     (host.fake / "dry-run").write_text(" DRY-RUN MODE -  Container function-gemma-pod  Creating\n")
     (host.fake / "services").write_text("\n")  # what Compose prints where there is no container
     host.update("--no-pull", "pod", "tailscale")
-    assert "compose up -d --no-build pod tailscale" in (host.fake / "log").read_text().splitlines()
+    assert "compose up -d --no-build pod tailscale" in host.calls()
 
 
 def test_a_second_run_waits_and_says_who_is_at_work(host: Host) -> None:
