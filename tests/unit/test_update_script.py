@@ -17,7 +17,8 @@ case "$*" in
     "compose config") cat "$FAKE/config" 2>/dev/null || true ;;
     "compose --dry-run up "*) cat "$FAKE/dry-run" 2>/dev/null || true ;;
     "image ls -q "*) cat "$FAKE/images/${!#}" 2>/dev/null || true ;;
-    "compose ps -a --services") printf 'gateway\\ntailscale\\nvllm-server\\n' ;;
+    "compose ps -a --services")
+        cat "$FAKE/services" 2>/dev/null || printf 'gateway\\ntailscale\\nvllm-server\\n' ;;
     "compose build "*)
         [ ! -e "$FAKE/build-fails" ] || exit 1
         mkdir -p "$FAKE/images"
@@ -240,6 +241,13 @@ def test_a_pod_that_is_replaced_takes_along_what_lives_in_it(host: Host) -> None
     (host.fake / "dry-run").write_text(" DRY-RUN MODE -  Container function-gemma-pod  Recreate\n")
     host.update("--no-pull", "gateway")
     assert "compose up -d --no-build gateway gateway tailscale vllm-server" in host.calls()
+
+
+def test_a_bare_host_gets_a_pod_and_a_sidecar(host: Host) -> None:
+    (host.fake / "dry-run").write_text(" DRY-RUN MODE -  Container function-gemma-pod  Creating\n")
+    (host.fake / "services").write_text("\n")  # what Compose prints where there is no container
+    host.update("--no-pull", "pod", "tailscale")
+    assert "compose up -d --no-build pod tailscale" in host.calls()
 
 
 def test_a_second_run_waits_and_says_who_is_at_work(host: Host) -> None:
