@@ -57,3 +57,6 @@ controller:
 	@tests/controller.sh
 
 .PHONY: $(shell sed -nE 's/^([a-z-]+):.*/\1/p' Makefile)
+
+# The steps of `make test` follow each other, with -j too.
+.NOTPARALLEL:

@@ -133,6 +133,12 @@ follow() {
     [[ $health == healthy ]] || die "vllm-gemma does not serve: it is $health after $((restarts - ${first:-restarts})) restarts. ${output##*waiting: } Its log: docker logs vllm-gemma.${pulled:+ Back to the former code: git -C $checkout reset --hard ORIG_HEAD && $checkout/server/update.sh --no-pull}"
 }
 
+lock() {
+    exec 9>>.lock
+    flock -n 9 || { say "waiting for $(cat .lock)"; flock 9; }
+    echo "the run of $(whoami), process $$, since $(date '+%F %T %Z')" >.lock
+}
+
 main() {
     plan='' changed=0 pulled='' services=()
     local pull=1 since
@@ -147,11 +153,6 @@ main() {
     done
     checkout=$(cd .. && pwd)
 
-    if [[ -z $plan ]]; then
-        exec 9>>.lock
-        flock -n 9 || { say "waiting for $(cat .lock)"; flock 9; }
-        echo "the run of $(whoami), process $$, since $(date '+%F %T %Z')" >.lock
-    fi
     [[ -z $pull ]] || pull
     tags
     survey once
@@ -191,6 +192,7 @@ main() {
     if [[ " $* " == *" --plan "* || " $* " == *" --pulled "* ]]; then
         main "$@"
     else
+        lock
         main "$@" 2>&1 | tee -p .update.log
     fi
     exit

@@ -6,18 +6,13 @@ from collections.abc import Iterator
 import pytest
 
 import common as lab
-from stack import CHECKOUT, ROOT, answers, call, host, laptop, playbook, server
-
-SSH = "ssh -i secrets/git/deploy_key -o UserKnownHostsFile=secrets/git/known_hosts"
+from stack import ROOT, answers, call, laptop, playbook, server
 
 
 @pytest.fixture(scope="session", autouse=True)
 def deployed() -> None:
     """The stack on the host, of the working tree's code and the lab's inventory."""
     call(sys.executable, ROOT / "tests" / "lab" / "lab.py", "up", seconds=2400)
-    # site.yml never pulls: what an earlier session left there gets today's code first.
-    if host(f"test -d {CHECKOUT}/server/secrets/git", ok=None).code == 0:
-        server(f"git -c core.sshCommand='{SSH}' pull -q --ff-only")
     playbook("site.yml", seconds=900)
     answers()
 

@@ -42,6 +42,7 @@ from machines import (
     forge_command,
     headscale_ready,
     host_options,
+    host_pulls,
     host_ready,
     hub_ready,
     hub_token,
@@ -217,6 +218,7 @@ def plan() -> list[Step]:
             ),
             ["networks", "image-host", "ssh-keys"],
         ),
+        Step("host-pulls", host_pulls, ["host-ready", "forge"]),
         Step("host-ready", host_ready, ["host", "headscale-ready"]),
     ]
 

@@ -293,6 +293,22 @@ def host_options() -> list[str]:
     ]
 
 
+def ssh() -> list[str]:
+    """The words before a command that the operator runs on the bare host."""
+    folder = CACHE / "ssh"
+    options = (f"UserKnownHostsFile={folder / 'known_hosts'}", "ConnectTimeout=2", "BatchMode=yes")
+    return ["ssh", "-i", str(folder / "id_ed25519"), *(f"-o{option}" for option in options), f"root@{HOST}"]
+
+
+def host_pulls(log: TextIO) -> str:
+    """Bring a checkout that an earlier run left on the host to the snapshot, which site.yml never does."""
+    server = "/opt/function-gemma-server/server"
+    command = "ssh -i secrets/git/deploy_key -o UserKnownHostsFile=secrets/git/known_hosts"
+    pull = f"git -c core.sshCommand='{command}' pull -q --ff-only"
+    call(log, *ssh(), f"[ ! -d {server}/secrets/git ] || {{ cd {server} && {pull}; }}")
+    return "has today's code, or none"
+
+
 def host_ready(log: TextIO) -> str:
     """Wait until the bare host has booted and lets the operator in by SSH."""
     folder = CACHE / "ssh"
@@ -307,12 +323,9 @@ def host_ready(log: TextIO) -> str:
             call(log, "docker", "cp", folder / source, f"lab-host:{target}")
             call(log, *inside, "chown", "root:", target)
         call(log, *inside, "systemctl", "restart", "ssh", "--no-block")
-    options = (f"UserKnownHostsFile={folder / 'known_hosts'}", "ConnectTimeout=2", "BatchMode=yes")
-    ssh = ["ssh", "-i", str(folder / "id_ed25519"), *(word for option in options for word in ("-o", option))]
 
     def lets_in() -> bool:
-        command = [*ssh, f"root@{HOST}", "true"]
-        done = subprocess.run(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, check=False)
+        done = subprocess.run([*ssh(), "true"], stdout=log, stderr=log, stdin=subprocess.DEVNULL, check=False)
         return done.returncode == 0
 
     wait_until("the bare host's SSH", lets_in, log)
