@@ -302,10 +302,11 @@ def ssh() -> list[str]:
 
 def host_pulls(log: TextIO) -> str:
     """Bring a checkout that an earlier run left on the host to the snapshot, which site.yml never does."""
-    server = "/opt/function-gemma-server/server"
-    command = "ssh -i secrets/git/deploy_key -o UserKnownHostsFile=secrets/git/known_hosts"
-    pull = f"git -c core.sshCommand='{command}' pull -q --ff-only"
-    call(log, *ssh(), f"[ ! -d {server}/secrets/git ] || {{ cd {server} && {pull}; }}")
+    checkout = "/opt/function-gemma-server"
+    keys = f"{checkout}/server/secrets/git"
+    command = f"ssh -i {keys}/deploy_key -o UserKnownHostsFile={keys}/known_hosts"
+    pull = f"git -C {checkout} -c core.sshCommand='{command}' pull -q --ff-only"
+    call(log, *ssh(), f"[ ! -d {keys} ] || {pull}")
     return "has today's code, or none"
 
 
