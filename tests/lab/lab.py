@@ -168,7 +168,7 @@ def plan() -> list[Step]:
                 [
                     "sh",
                     "-c",
-                    f"mkdir -p /hub/{MODEL} && rmdir /hub/{MODEL} && ln -s /model/base /hub/{MODEL} && "
+                    f"mkdir -p /hub/{Path(MODEL).parent} && ln -sfn /model/base /hub/{MODEL} && "
                     "exec python3 -u /src/hub.py /hub /secret/token 8080",
                 ],
                 LAB / "hub",
