@@ -38,7 +38,7 @@ shell: lab ## a shell on the laptop, which is on the tailnet
 bench: lab ## how long the commands take on a lab that is up, as a table in docs/
 	@$(BIN)/python tests/benchmarks/commands.py
 
-bench-cold: controller ## the same from nothing, in a clone of its own: an hour
+bench-cold: controller ## the same from nothing, in fresh clones: half an hour
 	@python3 tests/benchmarks/commands.py --cold
 
 docs: controller ## roles/README.md from the roles' argument specifications
