@@ -93,7 +93,8 @@ def main() -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     TABLE.write_text(
         "# How long the commands take\n\n"
-        "Written by `make bench` (and `make bench-cold`, which takes half an hour); each figure is one run.\n\n"
+        "Written by `make bench`, and by `make bench-cold`, which takes half an hour; each figure is one run."
+        "\n\n"
         f"Last written on {datetime.now(UTC):%F}: {os.cpu_count()} cores, {memory:.0f} GiB, "
         f"{platform.system()} {platform.machine()}, Python {platform.python_version()}.\n\n"
         "| command | state | seconds | wanted at most |\n|---|---|---:|---:|\n"
