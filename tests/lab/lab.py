@@ -304,6 +304,13 @@ def stop_engine() -> None:
     if pid.exists():
         stop(int(pid.read_text()))
         pid.unlink()
+        # It leaves its bridge; one that was killed, also the mount of its root upon itself.
+        subprocess.run([*sudo(), "ip", "link", "delete", "docker0"], check=False, stderr=subprocess.DEVNULL)
+        root = ["/var/lib/docker"] * 2
+        while any(
+            line.split()[3:5] == root for line in Path("/proc/self/mountinfo").read_text().splitlines()
+        ):
+            subprocess.run([*sudo(), "umount", root[0]], check=True)
         say("stopped the Docker engine that the lab had started")
 
 
