@@ -332,12 +332,16 @@ def stop(pid: int) -> None:
 
 def clean() -> None:
     """All of ``down``, and the images and the git-ignored cache."""
+    running = bool(docker("info", "--format", "{{.ServerVersion}}"))
     remove()
     if images := docker("image", "ls", "--format", "{{.Repository}}:{{.Tag}}", f"{LABEL}/*").split():
         subprocess.run(["docker", "image", "rm", *images], check=True, stdout=subprocess.DEVNULL)
     stop_engine()
     subprocess.run([*sudo(), "rm", "-rf", str(ROOT / ".cache"), str(ROOT / ".venv")], check=True)
-    say("removed .cache, .venv and the lab's images")
+    say(
+        "removed .cache, .venv"
+        + (" and the lab's images" if running else "; no Docker engine runs: images stay")
+    )
 
 
 if __name__ == "__main__":
