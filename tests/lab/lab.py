@@ -54,14 +54,19 @@ from machines import (
 from steps import Step, StepError, call, fail, run, say
 
 
+def engine_answers() -> bool:
+    """Whether a Docker engine takes commands."""
+    return bool(docker("info", "--format", "{{.ServerVersion}}"))
+
+
 def engine(log: TextIO) -> str:
     """Start a Docker engine where none answers, installing Debian's where there is none."""
-    if docker("info", "--format", "{{.ServerVersion}}"):
+    if engine_answers():
         return "answers"
     need("dockerd", "docker.io iptables", log)
     if Path("/run/systemd/system").is_dir():
         call(log, *sudo(), "systemctl", "start", "docker")
-    elif not docker("info", "--format", "{{.ServerVersion}}"):
+    elif not engine_answers():
         subprocess.run(
             [*sudo(), "rm", "-f", "/var/run/docker.pid"], check=True
         )  # of an engine that was killed
@@ -70,7 +75,7 @@ def engine(log: TextIO) -> str:
                 [*sudo(), "dockerd"], stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True
             )
         (CACHE / "dockerd.pid").write_text(str(process.pid))
-    wait_until("the Docker engine", lambda: bool(docker("info", "--format", "{{.ServerVersion}}")), log)
+    wait_until("the Docker engine", engine_answers, log)
     if (
         os.geteuid()
         and not docker("ps", "--format", "x{{.ID}}")
@@ -332,7 +337,7 @@ def stop(pid: int) -> None:
 
 def clean() -> None:
     """All of ``down``, and the images and the git-ignored cache."""
-    running = bool(docker("info", "--format", "{{.ServerVersion}}"))
+    running = engine_answers()
     remove()
     if images := docker("image", "ls", "--format", "{{.Repository}}:{{.Tag}}", f"{LABEL}/*").split():
         subprocess.run(["docker", "image", "rm", *images], check=True, stdout=subprocess.DEVNULL)

@@ -1,4 +1,4 @@
-# What the stand-in of vllm/vllm-openai-cpu needs of Debian; vLLM itself is appended as layers (lab.py).
+# What the stand-in of vllm/vllm-openai-cpu needs of Debian; vLLM itself is appended as layers (images.py).
 ARG BASE
 FROM ${BASE}
 RUN apt-get update && apt-get install -y --no-install-recommends python3 curl libnuma1 libgomp1
