@@ -9,8 +9,11 @@ umask 0007
 
 SERVER_MODEL=${SERVER_MODEL:-google/functiongemma-270m-it}
 SERVER_MODEL_REVISION=${SERVER_MODEL_REVISION:-main}
+SERVER_MODEL_ALIASES=${SERVER_MODEL_ALIASES:-}     # other names by which an adapter may call this base
 SERVER_MAX_LORAS=${SERVER_MAX_LORAS:-8}            # adapters in one batch
-SERVER_MAX_CPU_LORAS=${SERVER_MAX_CPU_LORAS:-16}   # adapters in memory
+# Adapters in memory: at least twice the declared ones, so that each new generation fits beside its old one.
+# A high figure costs nothing: vLLM reserves no memory for those that are not loaded.
+SERVER_MAX_CPU_LORAS=${SERVER_MAX_CPU_LORAS:-256}
 SERVER_MAX_LORA_RANK=${SERVER_MAX_LORA_RANK:-32}
 SERVER_MAX_MODEL_LEN=${SERVER_MAX_MODEL_LEN:-4096} # tokens of prompt and answer
 SERVER_DTYPE=${SERVER_DTYPE:-bfloat16}
@@ -22,7 +25,10 @@ store=/models/base
 model_dir=$store/$SERVER_MODEL
 wanted="$SERVER_MODEL@$SERVER_MODEL_REVISION"
 token=/run/secrets/huggingface/token
-waiting=${SERVER_SOCKET:+${SERVER_SOCKET%/*}/waiting}  # what healthcheck.py says before vLLM listens
+# Beside the socket, by its name: several vLLMs may have theirs in one directory.
+waiting=${SERVER_SOCKET:+${SERVER_SOCKET%.sock}.waiting}  # what healthcheck.py says before vLLM listens
+base=/run/vllm/vllm.base                                  # what the served base model expects of an adapter
+[[ -z $SERVER_SOCKET ]] || base=${SERVER_SOCKET%.sock}.base
 
 say() { echo "entrypoint.sh: $*"; }
 
@@ -76,6 +82,16 @@ reason() {
     say "no model $wanted: ${error%.}. To mend it: $mend"
 }
 
+# Whole or not at all: an adapter is checked against it by other processes.
+describe_base() {
+    local name
+    for name in SERVER_MODEL SERVER_MODEL_REVISION SERVER_MODEL_ALIASES SERVER_DTYPE SERVER_MAX_LORA_RANK SERVER_MAX_CPU_LORAS; do
+        echo "$name=${!name}"
+    done >"$base.new"
+    echo "MODEL_DIR=$model_dir" >>"$base.new"
+    mv "$base.new" "$base"
+}
+
 # Under a lock, because update.sh fetches in a container of its own.
 fetch() {
     complete && return
@@ -90,7 +106,7 @@ token_state() { stat -c '%Y %s %u' "$token" 2>/dev/null || true; }
 
 serve() {
     trap 'exit 0' TERM INT
-    [[ -z $waiting ]] || rm -f "$waiting"
+    rm -f ${waiting:+"$waiting"} "$base"
     local said='' line before
     until line=$(fetch); do
         [[ $line == "$said" ]] || echo "$line"
@@ -135,8 +151,13 @@ serve() {
     read -ra extra <<<"$SERVER_EXTRA_ARGS"
     say "base model: $wanted from $model_dir"
     say "serving it at $url"
+    export SERVER_MODEL SERVER_MODEL_REVISION  # the plugin names them in replies
     export VLLM_PLUGINS=function_gemma HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=$SERVER_KVCACHE_SPACE
-    exec vllm serve "$model_dir" "${args[@]}" "${extra[@]}"
+    # Last, so that no setting switches them on: vLLM's own loading of adapters would bypass their admission, and a second API server
+    # would give the ids of the first to other adapters.
+    export VLLM_ALLOW_RUNTIME_LORA_UPDATING=0
+    describe_base
+    exec vllm serve "$model_dir" "${args[@]}" "${extra[@]}" --api-server-count 1
 }
 
 case ${1-serve} in

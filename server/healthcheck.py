@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Ask a service on its Unix socket: `healthcheck.py SOCKET PATH`, exit 0 when it answers 200.
 
-What a service does before it listens (waits for a model, loads it) stands in the file `waiting` beside the
-socket. It is printed, so that `docker inspect` shows it and the healer knows that a restart would not help.
+What a service does before it listens (waits for a model, loads it) stands in the file beside the socket that
+ends in .waiting. It is printed, so that `docker inspect` shows it and the healer knows that a restart would
+not help.
 """
 
 import socket
@@ -22,7 +23,7 @@ def main() -> int:
             connection.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
             status = connection.recv(64).split(b"\r\n")[0].decode(errors="replace")
     except (FileNotFoundError, ConnectionRefusedError) as error:
-        waiting = Path(address).with_name("waiting")
+        waiting = Path(address).with_suffix(".waiting")
         print(f"waiting: {waiting.read_text().strip()}" if waiting.exists() else f"{address}: {error}")
         return 1
     except OSError as error:

@@ -1,14 +1,15 @@
 #!/bin/bash
 # Brings this host to what the checkout and the settings say, and proves it by a reply.
-#   update.sh [--no-pull] [--plan] [SERVICE…]
+#   update.sh [--no-pull] [--plan | --build] [SERVICE…]
 # --no-pull  take the checkout as it is
 # --plan     say what would be pulled, built and replaced, and change nothing
+# --build    only build, beside another run: site.yml does while the node joins the tailnet
 # SERVICE    only these (default: all); pod and tailscale are replaced only where they differ, as all are
 # The last line is `changed=0` or `changed=1`. Another run waits for the one that holds server/.lock. Neither the end of the
 # session nor of the sidecar stops a run; server/.update.log has all it said.
 set -euo pipefail
 
-patience=900  # seconds until vllm-gemma answers: a large model is read and compiled
+patience=900  # seconds until a vLLM answers: a large model is read and compiled
 
 say() { echo "update.sh: $*"; }
 die() { say "$*" >&2; exit 1; }
@@ -64,9 +65,15 @@ tags() {
     local config
     config=$(compose config) || die "the compose files or server/.env are wrong, see above; nothing has changed"
     base_of() { sed -n "s/^ *$1: //p" <<<"$config"; }
+    gpu=$(grep -m1 '^ *- gpu$' <<<"$config" || true)
     FUNCTION_GEMMA_TAG=$(tag_of Dockerfile "$(base_of VLLM_IMAGE)")
     TAILSCALE_VLLM_TAG=$(tag_of Dockerfile.tailscale "$(base_of TAILSCALE_IMAGE)")
     GATEWAY_CONFIG_TAG=$(hash_files haproxy | sha256sum | cut -c1-12)
+    vllms=(vllm-gemma)  # and those of further GPUs, which go with the first
+    mapfile -t -O 1 vllms < <(sed -nE 's/^ *container_name: (vllm-gemma-[0-9]+)$/\1/p' <<<"$config")
+    if [[ ${#services[@]} -gt 0 ]] && wants vllm-server; then
+        services+=("${vllms[@]/gemma/server}")
+    fi
     export FUNCTION_GEMMA_TAG TAILSCALE_VLLM_TAG GATEWAY_CONFIG_TAG
 }
 
@@ -103,7 +110,7 @@ survey() {
     # A pod that is replaced takes with it what lives in it.
     if replaces function-gemma-pod && [[ ${#services[@]} -gt 0 && $1 != again ]]; then
         # Compose prints an empty line where there is no container yet.
-        mapfile -t -O "${#services[@]}" services < <(compose ps -a --services | sed /^$/d)
+        mapfile -t -O "${#services[@]}" services < <(compose ps -a --orphans=false --services | sed /^$/d)
         survey again
     fi
 }
@@ -112,25 +119,30 @@ wants() { [[ ${#services[@]} -eq 0 || " ${services[*]} " == *" $1 "* ]]; }
 
 replaces() { [[ " ${replace[*]} " == *" $1 "* ]]; }
 
-# HEALTH RESTARTS OUTPUT, where the output is what the last health checks said
-inspect() { docker inspect -f '{{.State.Health.Status}} {{.RestartCount}} {{range .State.Health.Log}}{{.Output}} {{end}}' vllm-gemma | tr '\n' ' '; }
+# HEALTH RESTARTS OUTPUT of a container, where the output is what the last health checks said
+inspect() { docker inspect -f '{{.State.Health.Status}} {{.RestartCount}} {{range .State.Health.Log}}{{.Output}} {{end}}' "$1" | tr '\n' ' '; }
 
-healthy() { [[ $(inspect 2>/dev/null) == healthy* ]]; }
+# Asked directly, because Docker asks every few seconds only.
+# shellcheck disable=SC2016  # the container's own variable
+ready() { docker exec "$1" sh -c 'exec healthcheck.py "$SERVER_SOCKET" /ready' >/dev/null 2>&1; }
 
-# Until vllm-gemma is healthy, showing its log from SINCE on; not while it waits for a model or crashes again and again.
+# Until the vLLM is ready, showing its log from SINCE on; not while it waits for a model or crashes again and again.
 follow() {
-    local since=$1 follower health restarts output first='' second=0
-    docker inspect vllm-gemma >/dev/null 2>&1 || die "there is no vllm-gemma yet: server/update.sh --no-pull"
-    docker logs -f --since "$since" vllm-gemma 2>&1 &
+    local name=$1 since=$2 follower health restarts output first='' second=0 failed=''
+    docker inspect "$name" >/dev/null 2>&1 || die "there is no $name yet: server/update.sh --no-pull"
+    docker logs -f --since "$since" "$name" 2>&1 &
     follower=$!
-    while read -r health restarts output < <(inspect && echo) && ((second++ < patience)); do
-        [[ $health != healthy && $output != *'no model'* ]] || break
-        ((restarts <= ${first:=$restarts} + 1)) || break
+    until ready "$name"; do
+        read -r health restarts output < <(inspect "$name" && echo)
+        if [[ $output == *'no model'* ]] || ((restarts > ${first:=$restarts} + 1 || second++ >= patience)); then
+            failed=1
+            break
+        fi
         sleep 1
     done
     kill "$follower" 2>/dev/null || true
     wait "$follower" 2>/dev/null || true
-    [[ $health == healthy ]] || die "vllm-gemma does not serve: it is $health after $((restarts - ${first:-restarts})) restarts. ${output##*waiting: } Its log: docker logs vllm-gemma.${pulled:+ Back to the former code: git -C $checkout reset --hard ORIG_HEAD && $checkout/server/update.sh --no-pull}"
+    [[ ! $failed ]] || die "$name does not serve: it is $health after $((restarts - ${first:-restarts})) restarts. ${output##*waiting: } Its log: docker logs $name.${pulled:+ Back to the former code: git -C $checkout reset --hard ORIG_HEAD && $checkout/server/update.sh --no-pull}"
 }
 
 lock() {
@@ -140,23 +152,30 @@ lock() {
 }
 
 main() {
-    plan='' changed=0 pulled='' services=()
-    local pull=1 since
+    plan='' build_only='' changed=0 pulled='' services=()
+    local pull=1 since name
     for word in "$@"; do
         case $word in
         --no-pull) pull='' ;;
         --pulled) pull='' pulled=1 changed=1 ;;
         --plan) plan=1 ;;
+        --build) build_only=1 ;;
         -*) sed -n '2,/^set/{/^set/d;s/^# //;p}' "$0" >&2; exit 2 ;;
         *) services+=("$word") ;;
         esac
     done
     checkout=$(cd .. && pwd)
 
+    # git reads no .env; small letters are what it knows for http:// as well.
+    set -a
+    # shellcheck disable=SC1090  # every host has its own
+    [[ ! -e .env ]] || source <(sed -nE 's/^((HTTPS?|NO)_PROXY)=/\L\1=/p' .env)
+    set +a
     [[ -z $pull ]] || pull
     tags
     survey once
     for service in "${build[@]}"; do say "${plan:+would }build: the image of $service"; done
+    [[ ! $build_only ]] || replace=()
     for container in "${replace[@]}"; do say "${plan:+would }replace or start: $container"; done
     [[ ${#build[@]} -eq 0 && ${#replace[@]} -eq 0 ]] || changed=1
     if [[ $plan ]]; then
@@ -165,22 +184,34 @@ main() {
     fi
 
     [[ ${#build[@]} -eq 0 ]] || compose build --quiet "${build[@]}" || die "not built, see above; nothing was replaced"
+    if [[ $build_only ]]; then
+        echo "changed=$changed"
+        return
+    fi
     # What can be found wrong before anything is replaced, in containers of the new kind.
     [[ ${#replace[@]} -eq 0 ]] || compose up -d --no-build --no-recreate --quiet-pull pod
     if replaces gateway-gemma; then
         compose run --rm -T --no-deps --quiet-pull gateway haproxy -c -f /usr/local/etc/haproxy/haproxy.cfg \
             || die "haproxy/haproxy.cfg or gateway.env is wrong, see above; nothing was replaced"
     fi
-    if replaces vllm-gemma; then
+    if [[ " ${replace[*]}" == *' vllm-gemma'* ]]; then
+        for name in ${gpu:+"${vllms[@]/gemma/server}"}; do
+            compose run --rm -T --no-deps --entrypoint nvidia-smi "$name" -L \
+                || die "a container of the new image sees no GPU, see above; nothing was replaced. On the host, nvidia-smi -L and nvidia-ctk cdi list have to name it; site.yml sees to both"
+        done
         compose run --rm -T --no-deps vllm-server fetch || die "nothing was replaced"
     fi
     keep_tags
     since=$(date +%s)
-    [[ ${#replace[@]} -eq 0 ]] || compose up -d --no-build "${services[@]}" || die "not all containers were started, see above; another run goes on from there"
+    # All services includes to be rid of those that are in the compose files no more.
+    [[ ${#replace[@]} -eq 0 ]] || compose up -d --no-build "${services[@]:---remove-orphans}" || die "not all containers were started, see above; another run goes on from there"
     # A reply proves what answers requests; pod and tailscale alone are brought up before there is a model.
     if wants vllm-server || wants gateway; then
-        healthy || follow "$since"
-        docker exec vllm-gemma python3 /usr/local/bin/test_connection.py --base-url http://127.0.0.1:8000/v1 \
+        for name in "${vllms[@]}"; do
+            ready "$name" || follow "$name" "$since"
+        done
+        # Where nothing was asked for and nothing has changed, site.yml's own check is the proof.
+        [[ -z $pull && $changed == 0 ]] || docker exec vllm-gemma python3 /usr/local/bin/test_connection.py --base-url http://127.0.0.1:8000/v1 \
             || die "the stack runs, but gave no reply, see above"
     fi
     echo "changed=$changed"
@@ -189,7 +220,7 @@ main() {
 {
     cd "$(dirname "$(readlink -f "$0")")"
     trap '' HUP
-    if [[ " $* " == *" --plan "* || " $* " == *" --pulled "* ]]; then
+    if [[ " $* " =~ " --"(plan|pulled|build)" " ]]; then
         main "$@"
     else
         lock

@@ -9,7 +9,6 @@ Each figure is one run's wall-clock time on the machine that the table names.
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -17,13 +16,15 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+from report import machine
+
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "docs" / "benchmarks.md"
 
 # What is run, and the seconds that it may take.
 WARM = [
     ("make demo", 120),
-    ("ansible-playbook site.yml", 20),
+    ("ansible-playbook site.yml", 15),
     ("ansible-playbook load_adapter.yml -e name=lint", 10),
     ("ansible-playbook update.yml", 20),
     ("make unit", 60),
@@ -90,13 +91,11 @@ def main() -> None:
     )
     measured = {row.rsplit("|", 3)[0] for row in rows}
     rows += [row for row in kept if row.rsplit("|", 3)[0] not in measured]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     TABLE.write_text(
         "# How long the commands take\n\n"
         "Written by `make bench`, and by `make bench-cold`, which takes half an hour; each figure is one run."
         "\n\n"
-        f"Last written on {datetime.now(UTC):%F}: {os.cpu_count()} cores, {memory:.0f} GiB, "
-        f"{platform.system()} {platform.machine()}, Python {platform.python_version()}.\n\n"
+        f"Last written on {datetime.now(UTC):%F}: {machine()}.\n\n"
         "| command | state | seconds | wanted at most |\n|---|---|---:|---:|\n"
         + "\n".join(sorted(rows))
         + "\n"

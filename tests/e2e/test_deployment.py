@@ -2,11 +2,14 @@
 
 import ipaddress
 import json
+import re
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+import common as lab
+from function_gemma.adapters.store import digest_of
 from stack import (
     ANSWERS,
     BASE,
@@ -42,7 +45,13 @@ REFUSED = """
     POST /adapters
     DELETE /adapters/lint
     GET /ready
-    GET /metrics
+    GET /gateway/metrics
+    GET /metrics/
+    GET /metrics/8
+    GET //metrics
+    GET /%6detrics
+    GET /METRICS
+    POST /metrics
     GET /version
     GET /load
     GET /ping
@@ -98,6 +107,14 @@ def test_load_adapter_ends_in_a_reply_of_the_adapter_without_a_restart() -> None
     assert not replaced(before)
 
 
+def test_a_check_from_a_client_with_uv_makes_its_environment_once() -> None:
+    environments = "ls /root/.cache/uv/environments-v2"
+    playbook("playbooks/connection_check.yml")
+    before = laptop(environments).stdout
+    playbook("playbooks/connection_check.yml")
+    assert laptop(environments).stdout == before
+
+
 @pytest.mark.parametrize("prompt", ANSWERS)
 def test_base_and_adapters_answer_the_same_prompt_each_in_its_own_way(prompt: str) -> None:
     said = {name: ask(BASE if name == "base" else name, prompt) for name in ("base", "lint", "docstring")}
@@ -136,6 +153,69 @@ def test_a_streamed_answer_arrives_in_pieces() -> None:
     assert {said for _, _, said in answers} == {ANSWERS[COUNT]["lint"]}
     # All of it fits the gateway's buffer: one that held it back would hand on a single piece, or two.
     assert max(int(pieces) for pieces, _, _ in answers) > 2
+
+
+def served_by(model: str, path: str = "chat/completions", *, stream: bool = False) -> str:
+    """What the header x-served-by of an answer says."""
+    question = (
+        {"prompt": PROMPT} if path == "completions" else {"messages": [{"role": "user", "content": PROMPT}]}
+    )
+    body = json.dumps({"model": model, "max_tokens": 4, "stream": stream, **question})
+    curl = "curl -sS --fail -o /dev/null -D - -H 'Content-Type: application/json' -d @-"
+    headers = laptop(f"{curl} {URL}/v1/{path}", stdin=body).stdout
+    (maker,) = re.findall(r"^x-served-by: (.*?)\r?$", headers, re.MULTILINE | re.IGNORECASE)
+    return str(maker)
+
+
+def setting(name: str) -> str:
+    """What a line of the host's settings files says."""
+    (value,) = re.findall(rf"^{name}='?([^'\n]+)", server("cat .env entrypoint.env").stdout, re.MULTILINE)
+    return str(value)
+
+
+def test_every_reply_names_release_adapter_and_content_that_made_it() -> None:
+    release = setting("FUNCTION_GEMMA_TAG")
+    makers = {BASE: f"{release}/{BASE}@{setting('SERVER_MODEL_REVISION')}"}
+    for name in ("lint", "docstring"):
+        makers[name] = f"{release}/{name}@{digest_of(lab.CACHE / 'model' / name)}"
+    for model, maker in makers.items():
+        assert served_by(model) == maker
+        assert served_by(model, stream=True) == maker
+        assert served_by(model, "completions") == maker
+
+
+def test_the_models_are_listed_in_vllms_form_by_their_public_names_alone() -> None:
+    listed = json.loads(laptop(f"curl -sS {URL}/v1/models").stdout)
+    assert listed["object"] == "list"
+    assert {one["object"] for one in listed["data"]} == {"model"}
+    assert listed["data"][0]["id"] == BASE
+    assert sorted(one["id"] for one in listed["data"][1:]) == ["docstring", "lint"]
+    assert {one["parent"] for one in listed["data"][1:]} == {BASE}
+
+
+def metrics() -> str:
+    """What the gateway says at /metrics."""
+    return laptop(f"curl -sS --fail {URL}/metrics").stdout
+
+
+def counted(adapter: str) -> float:
+    """How many requests the metrics count for an adapter."""
+    line = rf'^function_gemma_requests_total\{{[^}}\n]*adapter="{adapter}"[^}}\n]*\}} (\S+)$'
+    return sum(map(float, re.findall(line, metrics(), re.MULTILINE)))
+
+
+def test_metrics_count_the_requests_of_each_adapter() -> None:
+    ask("lint")  # a counter may have no line before its first request
+    before = counted("lint"), counted("docstring")
+    ask("lint")
+    assert (counted("lint"), counted("docstring")) == (before[0] + 1, before[1])
+
+
+def test_metrics_are_vllms_without_the_series_that_grow_without_bound() -> None:
+    ask("lint")  # vLLM's own /metrics has such a series now
+    served = metrics()
+    assert "\nvllm:num_requests_running{" in served
+    assert "vllm:lora_requests_info" not in served
 
 
 def test_the_adapters_are_served_again_after_a_restart_of_vllm() -> None:

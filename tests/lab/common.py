@@ -25,8 +25,13 @@ UV = ROOT / ".venv" / "bin" / "uv"
 
 SUITE = "trixie"
 MODEL = "google/functiongemma-270m-it"
-REGISTRY, FORGE, HUB, HEADSCALE, HOST = (f"10.77.0.{last}" for last in (10, 11, 12, 13, 20))
-NETWORKS = {"lab-internet": "10.77.0.0/24", "lab-home": "10.78.0.0/24"}
+ADAPTER = "lab/docstring-lora"
+REGISTRY, FORGE, HUB, HEADSCALE, APT, HOST = (f"10.77.0.{last}" for last in (10, 11, 12, 13, 14, 20))
+# A host without an address of its own gets one from the upper half, never a service's.
+NETWORKS = {
+    "lab-internet": ("--subnet", "10.77.0.0/24", "--ip-range", "10.77.0.128/25"),
+    "lab-home": ("--subnet", "10.78.0.0/24", "--ip-range", "10.78.0.128/25"),
+}
 HEADSCALE_AT_HOME = "10.78.0.13"
 READY_SECONDS = 90
 

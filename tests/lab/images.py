@@ -36,70 +36,74 @@ GO_PROGRAMS = {
 CERTIFICATES = sorted(Path("/usr/local/share/ca-certificates").glob("*.crt"))
 
 
-def key_of(image: str) -> str:
+def key_of(image: str, suite: str = SUITE) -> str:
     """Digest of all that ``image`` is made from, known before it is built."""
     dockerfile = LAB / "images" / f"{image}.Dockerfile"
     if image == "base":
-        return digest(dockerfile, SUITE, *CERTIFICATES)
+        return digest(dockerfile, suite, *CERTIFICATES)
     context: dict[str, list[Path | str]] = {
         "builder": [ROOT / "requirements.txt"],
         "headscale": [go_key("headscale")],
         "laptop": [go_key("tailscale"), ROOT / "requirements.txt"],
         "tailscale": [go_key("tailscale"), LAB / "images" / "apk"],
     }
-    return digest(dockerfile, key_of("base"), *context.get(image, []))
+    return digest(dockerfile, key_of("base", suite), *context.get(image, []))
 
 
-def tag_of(image: str) -> str:
+def tag_of(image: str, suite: str = SUITE) -> str:
     """Name under which Docker holds ``image``."""
-    return f"{LABEL}/{image}:{key_of(image)}"
+    return f"{LABEL}/{image}:{key_of(image, suite)}"
 
 
-def docker_build(log: TextIO, image: str, folder: Path, argument: str) -> None:
+def docker_build(log: TextIO, image: str, suite: str, folder: Path, argument: str) -> None:
     """Build ``image`` from its Dockerfile with ``folder`` beside it."""
     dockerfile = LAB / "images" / f"{image}.Dockerfile"
-    options = ("-t", tag_of(image), "--label", LABEL, "--build-arg", argument, "-f", dockerfile)
+    options = ("-t", tag_of(image, suite), "--label", LABEL, "--build-arg", argument, "-f", dockerfile)
     # Debian 12's engine has no buildx beside it: the classic builder does all that is needed here.
     call(log, "docker", "build", "--force-rm", *options, folder, env={**os.environ, "DOCKER_BUILDKIT": "0"})
 
 
-def build_image(image: str, context: Callable[[], Iterable[Path]] = lambda: ()) -> Callable[[TextIO], str]:
-    """A step that builds ``image`` from its Dockerfile, with ``context()`` beside it."""
+def build_image(
+    image: str, context: Callable[[], Iterable[Path]] = lambda: (), suite: str = SUITE
+) -> Callable[[TextIO], str]:
+    """A step that builds ``image`` from its Dockerfile, with ``context()`` beside it, on this Debian."""
 
     def build(log: TextIO) -> str:
-        tag = tag_of(image)
-        if docker("image", "inspect", "-f", "{{.Id}}", tag):
+        if docker("image", "inspect", "-f", "{{.Id}}", tag_of(image, suite)):
             return "reused"
         folder = remade(CACHE / "context" / image)
         for path in context():
             shutil.copy(path, folder)
-        docker_build(log, image, folder, f"BASE={tag_of('base')}")
+        docker_build(log, image, suite, folder, f"BASE={tag_of('base', suite)}")
         return "built"
 
     return build
 
 
-def base(log: TextIO) -> str:
-    """Debian from its own packages where mmdebstrap can be had, else from its official image."""
-    tag = tag_of("base")
-    if docker("image", "inspect", "-f", "{{.Id}}", tag):
-        return "reused"
-    debian = f"{LABEL}/debian:{SUITE}"
-    folder = remade(CACHE / "context" / "base")
-    if shutil.which("apt-get"):
-        need("mmdebstrap", "mmdebstrap debian-archive-keyring", log)
-        bootstrap = ("mmdebstrap", "--variant=minbase", "--include=ca-certificates", SUITE)
-        call(log, *sudo(), *bootstrap, folder / "root.tar")
-        call(log, "docker", "import", folder / "root.tar", debian)
-        call(log, *sudo(), "rm", "-f", folder / "root.tar")
-    else:
-        debian = f"debian:{SUITE}-slim"
-        call(log, "docker", "pull", debian)
-    (folder / "ca").mkdir()
-    for certificate in CERTIFICATES:
-        shutil.copy(certificate, folder / "ca")
-    docker_build(log, "base", folder, f"DEBIAN={debian}")
-    return "built"
+def build_base(suite: str = SUITE) -> Callable[[TextIO], str]:
+    """A step that makes Debian from its own packages where mmdebstrap can be had, else from its image."""
+
+    def build(log: TextIO) -> str:
+        if docker("image", "inspect", "-f", "{{.Id}}", tag_of("base", suite)):
+            return "reused"
+        debian = f"{LABEL}/debian:{suite}"
+        folder = remade(CACHE / "context" / "base")
+        if shutil.which("apt-get"):
+            need("mmdebstrap", "mmdebstrap debian-archive-keyring", log)
+            bootstrap = ("mmdebstrap", "--variant=minbase", "--include=ca-certificates", suite)
+            call(log, *sudo(), *bootstrap, folder / "root.tar")
+            call(log, "docker", "import", folder / "root.tar", debian)
+            call(log, *sudo(), "rm", "-f", folder / "root.tar")
+        else:
+            debian = f"debian:{suite}-slim"
+            call(log, "docker", "pull", debian)
+        (folder / "ca").mkdir()
+        for certificate in CERTIFICATES:
+            shutil.copy(certificate, folder / "ca")
+        docker_build(log, "base", suite, folder, f"DEBIAN={debian}")
+        return "built"
+
+    return build
 
 
 def in_builder(log: TextIO, mounts: dict[Path, str], *command: str) -> None:
@@ -109,6 +113,23 @@ def in_builder(log: TextIO, mounts: dict[Path, str], *command: str) -> None:
             folder.mkdir(parents=True)
     volumes = [word for path, inside in mounts.items() for word in ("-v", f"{path}:{inside}")]
     call(log, "docker", "run", "--rm", "--label", LABEL, *volumes, tag_of("builder"), *command)
+
+
+# ── The makers' repositories ─────────────────────────────────────────────────────────────────────
+
+
+def build_apt(log: TextIO) -> str:
+    """Pack and sign what Docker and NVIDIA offer by apt; the keys' fingerprints lie beside it."""
+    out, sources, gpu = CACHE / "apt", LAB / "apt", ROOT / "tests" / "molecule" / "shared" / "gpu"
+    key = digest(sources, gpu / "nvidia-smi", key_of("base"))
+    if is_current(out, key):
+        return "reused"
+    remade(out)
+    # In the base image, so that nothing of the lab waits for it but the server.
+    volumes = [f"-v{sources}:/src:ro", f"-v{gpu}:/gpu:ro", f"-v{out}:/out"]
+    call(log, "docker", "run", "--rm", "--label", LABEL, *volumes, tag_of("base"), "/src/build.sh")
+    (out / ".key").write_text(key)
+    return "built"
 
 
 # ── Programs ─────────────────────────────────────────────────────────────────────────────────────
@@ -207,10 +228,7 @@ def push_vllm(log: TextIO) -> str:
     mark = push_key("vllm")
     if mark.is_file() and mark.read_text() == vllm_key():
         return "reused"
-    archive = CACHE / "context" / "vllm.tar"
-    call(log, "docker", "save", "-o", archive, tag_of("vllm"))
-    call(log, crane(), "push", "--insecure", archive, f"{REGISTRY}:5000/{VLLM_REFERENCE}-base")
-    archive.unlink()
+    put_into_registry(log, "vllm", f"{VLLM_REFERENCE}-base")
     layers = [word for name in (*VLLM_LAYERS, "rest") for word in ("-f", CACHE / "vllm" / f"{name}.tar.zst")]
     call(
         log,
@@ -231,13 +249,22 @@ def push_vllm(log: TextIO) -> str:
 def train(log: TextIO) -> str:
     """Train the tiny model and its adapters with the stand-in's own torch."""
     out = CACHE / "model"
-    key = digest(LAB / "model", vllm_key())
+    package = ROOT / "server" / "function_gemma"  # says what a gate asks
+    agents = package / "agents"
+    key = digest(LAB / "model", agents / "gate.py", agents / "definition.py", vllm_key())
     if is_current(out, key):
         return "reused"
     remade(out)
     in_builder(
         log,
-        {LAB / "model": "/src:ro", CACHE / "vllm" / "venv": "/opt/venv:ro", out: "/out"},
+        {
+            LAB / "model": "/src:ro",
+            package: "/server/function_gemma:ro",
+            CACHE / "vllm" / "venv": "/opt/venv:ro",
+            out: "/out",
+        },
+        "env",
+        "PYTHONPATH=/server",
         "/opt/venv/bin/python",
         "/src/train.py",
         "/out",
@@ -254,6 +281,14 @@ def push_key(name: str) -> Path:
     return CACHE / "registry" / "keys" / name
 
 
+def put_into_registry(log: TextIO, image: str, reference: str) -> None:
+    """Save a built image and push it as ``reference``."""
+    folder = remade(CACHE / "context" / image)  # Docker may have images that this cache did not see built
+    call(log, "docker", "save", "-o", folder / "image.tar", tag_of(image))
+    call(log, crane(), "push", "--insecure", folder / "image.tar", f"{REGISTRY}:5000/{reference}")
+    (folder / "image.tar").unlink()
+
+
 def push(image: str, reference: str) -> Callable[[TextIO], str]:
     """A step that puts a built image into the registry as ``reference``."""
 
@@ -261,10 +296,7 @@ def push(image: str, reference: str) -> Callable[[TextIO], str]:
         mark = push_key(image)
         if mark.is_file() and mark.read_text() == key_of(image) + reference:
             return "reused"
-        archive = CACHE / "context" / f"{image}.tar"
-        call(log, "docker", "save", "-o", archive, tag_of(image))
-        call(log, crane(), "push", "--insecure", archive, f"{REGISTRY}:5000/{reference}")
-        archive.unlink()
+        put_into_registry(log, image, reference)
         mark.parent.mkdir(exist_ok=True)
         mark.write_text(key_of(image) + reference)
         return "pushed"

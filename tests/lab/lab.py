@@ -1,6 +1,7 @@
 """The lab: the internet in a box that the demo and the tests run in.
 
     python3 tests/lab/lab.py up|demo|down|clean
+    python3 tests/lab/lab.py host bookworm|trixie
 
 Every part is built from its inputs' digest: what has not changed is not built again. Docker images and
 containers carry the label ``function-gemma-lab``; files lie under ``.cache/lab``.
@@ -8,6 +9,7 @@ containers carry the label ``function-gemma-lab``; files lie under ``.cache/lab`
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -15,10 +17,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import (
+    ADAPTER,
+    APT,
     CACHE,
     FORGE,
     HEADSCALE,
@@ -36,7 +40,19 @@ from common import (
     sudo,
     wait_until,
 )
-from images import GO_PROGRAMS, base, build_go, build_image, build_vllm, go_binaries, push, push_vllm, train
+from images import (
+    GO_PROGRAMS,
+    build_apt,
+    build_base,
+    build_go,
+    build_image,
+    build_vllm,
+    go_binaries,
+    push,
+    push_vllm,
+    tag_of,
+    train,
+)
 from machines import (
     container,
     forge_command,
@@ -52,6 +68,9 @@ from machines import (
     ssh_keys,
 )
 from steps import Step, StepError, call, fail, run, say
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def engine_answers() -> bool:
@@ -99,7 +118,7 @@ def plan() -> list[Step]:
     return [
         Step("engine", engine),
         Step("controller", controller),
-        Step("base", base, ["engine"]),
+        Step("base", build_base(), ["engine"]),
         Step("builder", build_image("builder", lambda: [UV]), ["base", "controller"]),
         Step("vllm", build_vllm, ["builder"]),
         Step("go-crane", build_go("crane"), ["builder"]),
@@ -156,6 +175,19 @@ def plan() -> list[Step]:
             ),
             ["networks", "image-services", "ssh-keys", "snapshot"],
         ),
+        Step("apt", build_apt, ["base"]),
+        Step(
+            "apt-server",
+            container(
+                "lab-apt",
+                "services",
+                ["-v", f"{CACHE}/apt:/srv/apt:ro"],
+                ["python3", "-m", "http.server", "80", "--directory", "/srv/apt"],
+                network="lab-internet",
+                ip=APT,
+            ),
+            ["networks", "image-services", "apt"],
+        ),
         Step("hub-token", hub_token),
         Step(
             "hub",
@@ -174,6 +206,7 @@ def plan() -> list[Step]:
                     "sh",
                     "-c",
                     f"mkdir -p /hub/{Path(MODEL).parent} && ln -sfn /model/base /hub/{MODEL} && "
+                    f"mkdir -p /hub/{Path(ADAPTER).parent} && ln -sfn /model/docstring /hub/{ADAPTER} && "
                     "exec python3 -u /src/hub.py /hub /secret/token 8080",
                 ],
                 LAB / "hub",
@@ -233,6 +266,15 @@ def up() -> None:
     CACHE.mkdir(parents=True, exist_ok=True)
     run(plan(), LOGS, workers=4)
     say("the lab is up")
+
+
+def host(suite: str) -> None:
+    """Have the image of a bare host with this Debian; print the words after `docker run` that boot it."""
+    base, image = f"base-{suite}", f"host-{suite}"
+    steps = [Step(base, build_base(suite)), Step(image, build_image("host", suite=suite), [base])]
+    run(steps, LOGS, workers=1)
+    words = [*host_options(), "--network", "lab-internet", "--label", LABEL, tag_of("host", suite)]
+    print(json.dumps(words))
 
 
 def play(*words: str) -> list[str]:
@@ -349,9 +391,13 @@ def clean() -> None:
     )
 
 
+COMMANDS: dict[str, Callable[..., None]] = {
+    command.__name__: command for command in (up, demo, down, clean, host)
+}
+
 if __name__ == "__main__":
     try:
-        {"up": up, "demo": demo, "down": down, "clean": clean}[sys.argv[1]]()
+        COMMANDS[sys.argv[1]](*sys.argv[2:])
     except StepError as error:
         fail(str(error))
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ import urllib.request
 from typing import TYPE_CHECKING, TextIO
 
 from common import (
+    ADAPTER,
     CACHE,
     FORGE,
     HEADSCALE,
@@ -89,9 +90,9 @@ def container(
 def networks(log: TextIO) -> str:
     """The internet and the home network; only headscale is in both."""
     made = docker("network", "ls", "--filter", f"label={LABEL}", "--format", "{{.Name}}").split()
-    for name, subnet in NETWORKS.items():
+    for name, addresses in NETWORKS.items():
         if name not in made:
-            call(log, "docker", "network", "create", "--label", LABEL, "--subnet", subnet, name)
+            call(log, "docker", "network", "create", "--label", LABEL, *addresses, name)
     return "ready"
 
 
@@ -129,21 +130,22 @@ def hub_token(_log: TextIO) -> str:
 
 
 def hub_ready(log: TextIO) -> str:
-    """Write down the commit that the hub serves: the inventory pins it."""
-    revision = ""
+    """Write down the commits that the hub serves: the inventory pins them."""
+    commits: dict[str, str] = {}
 
     def ask() -> bool:
-        nonlocal revision
         try:
-            with urllib.request.urlopen(f"http://{HUB}:8080/api/models/{MODEL}", timeout=5) as answer:
-                revision = json.load(answer)["sha"]
+            for name in (MODEL, ADAPTER):
+                with urllib.request.urlopen(f"http://{HUB}:8080/api/models/{name}", timeout=5) as answer:
+                    commits[name] = json.load(answer)["sha"]
         except OSError:
             return False
         return True
 
     wait_until("the hub", ask, log)
-    (CACHE / "hub" / "revision").write_text(revision)
-    return f"serves commit {revision[:12]}"
+    (CACHE / "hub" / "revision").write_text(commits[MODEL])
+    (CACHE / "hub" / "adapter_revision").write_text(commits[ADAPTER])
+    return f"serves commits {commits[MODEL][:12]} and {commits[ADAPTER][:12]}"
 
 
 FORGE_PATH = "/srv/git/function-gemma-server.git"
@@ -323,7 +325,8 @@ def host_ready(log: TextIO) -> str:
         ):
             call(log, "docker", "cp", folder / source, f"lab-host:{target}")
             call(log, *inside, "chown", "root:", target)
-        call(log, *inside, "systemctl", "restart", "ssh", "--no-block")
+        # Without a host key it may have failed so often by now that systemd starts it no more.
+        call(log, *inside, "sh", "-c", "systemctl reset-failed ssh; systemctl restart --no-block ssh")
 
     def lets_in() -> bool:
         done = subprocess.run([*ssh(), "true"], stdout=log, stderr=log, stdin=subprocess.DEVNULL, check=False)

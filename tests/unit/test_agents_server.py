@@ -34,6 +34,7 @@ def make_agents(tmp_path: Path) -> Path:
     (folder / "lint" / "lint_subagent.yaml").write_bytes(LINT)
     (folder / "lint" / "run_linter.py").write_text("print('ä')\n", encoding="utf-8")
     (folder / "lint" / ".env").write_text(SECRET)
+    (folder / "lint" / "lint_gate.yaml").write_bytes(b"prompts: []\n")
     (folder / "test" / "test_subagent.yaml").write_bytes(b"name: test\n")
     (folder / "subagent.schema.json").write_text("{}")
     (folder / ".git" / ".git_subagent.yaml").write_text(SECRET)
@@ -79,6 +80,7 @@ def test_a_file_is_served_as_it_is_with_the_etag_of_its_content(agents: Path) ->
     [
         ("", "application/json"),
         ("lint/lint_subagent.yaml", "application/yaml"),
+        ("lint/lint_gate.yaml", "application/yaml"),
         ("lint/run_linter.py", "text/x-python; charset=utf-8"),
         ("subagent.schema.json", "application/json"),
     ],

@@ -62,6 +62,20 @@ SOURCES = {
         def create(self, request):
             lora_request = self._maybe_get_adapters(request, supports_default_mm_loras=True)
             model_name = self.models.model_name(lora_request)
+            return self.engine_client.generate(lora_request=lora_request)
+    """,
+    "entrypoints/openai/chat_completion/protocol.py": """
+        def to_sampling_params(self):
+            return dict(output_kind=RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY)
+    """,
+    "entrypoints/openai/completion/protocol.py": """
+        def to_sampling_params(self):
+            return dict(output_kind=RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY)
+    """,
+    "entrypoints/launchers/app.py": """
+        def build_app(supported_tasks):
+            app = FastAPI()
+            attach_endpoint_plugins(app, supported_tasks)
     """,
     "entrypoints/openai/completion/serving.py": """
         def create(self, request):
@@ -72,6 +86,7 @@ SOURCES = {
         class AsyncLLM:
             async def add_lora(self, lora_request): ...
             async def remove_lora(self, lora_id): ...
+            async def generate(self, prompt, sampling_params, request_id, *, lora_request=None): ...
             async def check_health(self): ...
     """,
 }
@@ -106,6 +121,9 @@ def test_a_vllm_with_all_that_is_touched_passes(vllm: Path) -> None:
         ),
         ("entrypoints/launchers/api_server/entry.py", "serve_http", "listen", "before the server listens"),
         ("entrypoints/openai/completion/serving.py", "model_name(lora", "name(lora", "a completion's reply"),
+        ("entrypoints/openai/completion/protocol.py", "FINAL_ONLY", "CUMULATIVE", "tokens are counted once"),
+        ("entrypoints/openai/chat_completion/serving.py", "generate(", "run(", "its tokens are counted"),
+        ("entrypoints/launchers/app.py", "attach_endpoint", "add_endpoint", "middleware wraps the routes"),
         ("plugins/__init__.py", "endpoint_plugins", "plugins", "vLLM finds the plugin"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import role_tables
-from function_gemma.adapters.store import FILES
+from function_gemma.adapters.files import FILES
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -35,12 +35,10 @@ REGISTRIES = [
         ("rubygems", "org"),
     ),
     *(
-        ("download.docker", "com"),
         ("pkgs.tailscale", "com"),
-        ("nvidia.github", "io"),
         ("ghcr", "io"),
         ("quay", "io"),
-    ),
+    ),  # Docker's and NVIDIA's own are defaults here
 ]
 # Where a person's files lie on one machine; those that the lab's laptop has are the same everywhere.
 PLACE = re.compile(r"(?<![\w.}])/(?:home/(?!checkout\b)|Users/|work/|tmp/shared)\w")
@@ -174,13 +172,15 @@ def test_what_is_tested_names_the_versions_that_are_pinned() -> None:
 
 def test_the_hosts_prerequisites_are_those_of_the_preflight() -> None:
     private, page = yaml.safe_load(read("roles/preflight/vars/main.yml")), read("README.md")
-    disk = yaml.safe_load(read("roles/preflight/defaults/main.yml"))["preflight_disk_minimum"]
-    releases = private["__preflight_releases"]
-    assert f"- Debian {releases['debian']} or Ubuntu {releases['ubuntu']} or newer" in page
+    disk = private["__preflight_disk"]
+    systems = [system.split("-") for system in private["__preflight_systems"]]
+    releases = {name: " or ".join(one for own, one in systems if own == name) for name, _ in systems}
+    assert f"- Debian {releases['debian']}, Ubuntu {releases['ubuntu']}, x86-64" in page
     assert f"Compose ≥ {private['__preflight_compose_minimum']}" in page
     assert f"Python {private['__preflight_python_minimum']} or newer as `python3`" in page
-    assert f"{disk} GiB free" in page
-    assert f"{disk} GiB free" in read("server/README.md")
+    assert f"{disk['cpu']} GiB free" in page
+    assert f"{disk['gpu']} GiB with a GPU" in page
+    assert f"{disk['cpu']} GiB free" in read("server/README.md")
 
 
 def test_every_message_of_the_troubleshooting_table_is_one_that_the_code_says() -> None:

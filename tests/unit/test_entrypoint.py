@@ -1,6 +1,7 @@
 """entrypoint.sh with stand-ins of `hf` and `vllm`, in directories of its own."""
 
 import os
+import stat
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,11 @@ def run(tmp_path: Path) -> Run:
     commands = tmp_path / "bin"
     commands.mkdir()
     (tmp_path / "models" / "base").mkdir(parents=True)
-    for name, text in {"hf": HF, "vllm": '#!/bin/sh\necho "vllm $*"\necho "$VLLM_PLUGINS"\n'}.items():
+    (tmp_path / "run" / "vllm").mkdir(parents=True)
+    for name, text in {
+        "hf": HF,
+        "vllm": '#!/bin/sh\necho "vllm $*"\necho "$VLLM_PLUGINS $VLLM_ALLOW_RUNTIME_LORA_UPDATING"\n',
+    }.items():
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
     script = tmp_path / "entrypoint.sh"
@@ -120,7 +125,6 @@ def test_a_failed_fetch_says_in_one_line_what_is_wrong_and_what_mends_it(
 def test_it_says_what_it_serves_and_where(run: Run, tmp_path: Path) -> None:
     run("fetch")
     assert "serving it at http://0.0.0.0:8000/v1" in run().stdout
-    (tmp_path / "run" / "vllm").mkdir(parents=True)
     stale = tmp_path / "run" / "vllm" / "vllm.sock"
     stale.touch()
     behind = run(SERVER_SOCKET=str(stale))
@@ -135,8 +139,55 @@ def test_settings_become_arguments(run: Run) -> None:
     served = run(SERVER_MODEL="some/model", SERVER_MAX_LORAS="3", SERVER_EXTRA_ARGS="--seed 1").stdout
     assert "--max-loras 3 " in served
     assert "--enable-prefix-caching" in served
-    assert served.splitlines()[-2].endswith("--seed 1")
-    assert served.splitlines()[-1] == "function_gemma"
+    assert " --seed 1 " in served
+    assert served.splitlines()[-1].startswith("function_gemma ")
+
+
+def test_no_setting_lets_adapters_in_past_the_plugin(run: Run) -> None:
+    run("fetch")
+    extra = {"SERVER_EXTRA_ARGS": "--api-server-count 2", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    served = run(**extra).stdout.splitlines()
+    assert served[-2].endswith(" --api-server-count 2 --api-server-count 1")  # the last one counts
+    assert served[-1] == "function_gemma 0"
+
+
+def facts(socket: Path) -> dict[str, str]:
+    lines = socket.with_suffix(".base").read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines)
+
+
+def test_what_the_base_expects_of_an_adapter_lies_beside_the_socket(run: Run, tmp_path: Path) -> None:
+    run("fetch")
+    run()
+    usual = {
+        "SERVER_MODEL": MODEL,
+        "SERVER_MODEL_REVISION": "main",
+        "SERVER_MODEL_ALIASES": "",
+        "SERVER_DTYPE": "bfloat16",
+        "SERVER_MAX_LORA_RANK": "32",
+        "SERVER_MAX_CPU_LORAS": "256",
+        "MODEL_DIR": str(base(tmp_path)),
+    }
+    assert facts(tmp_path / "run" / "vllm" / "vllm.sock") == usual
+    elsewhere = tmp_path / "elsewhere" / "vllm.sock"
+    elsewhere.parent.mkdir()
+    aliases = "unsloth/functiongemma-270m-it ../base"
+    run(SERVER_SOCKET=str(elsewhere), SERVER_MODEL_ALIASES=aliases, SERVER_MAX_LORA_RANK="8")
+    assert facts(elsewhere) == {**usual, "SERVER_MODEL_ALIASES": aliases, "SERVER_MAX_LORA_RANK": "8"}
+    written = elsewhere.with_suffix(".base")
+    assert stat.filemode(written.stat().st_mode) == "-rw-rw----"
+    assert sorted(path.name for path in elsewhere.parent.iterdir()) == ["vllm.base", "vllm.waiting"]
+
+
+def test_what_an_earlier_start_said_of_its_base_is_gone_while_there_is_no_model(
+    run: Run, tmp_path: Path
+) -> None:
+    socket, seen = tmp_path / "run" / "vllm" / "vllm.sock", tmp_path / "seen"
+    socket.with_suffix(".base").write_text("SERVER_MODEL=another/model\n")
+    (tmp_path / "bin" / "hf").write_text(HF.replace("\n", f"\nls {socket.parent} >>{seen}\n", 1))
+    run(SERVER_SOCKET=str(socket))
+    assert "vllm.base" not in seen.read_text().split()
+    assert facts(socket)["SERVER_MODEL"] == MODEL
 
 
 def test_any_other_command_is_run(run: Run) -> None:

@@ -14,6 +14,7 @@ DOCKERFILES = sorted(SERVER.glob("Dockerfile*"))
 COMPOSE: dict[str, Any] = yaml.safe_load((SERVER / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 GATEWAY = (SERVER / "haproxy" / "haproxy.cfg").read_text()
+FURTHER = range(1, 8)  # GPUs that the gateway knows beyond the first
 
 
 def copied(dockerfile: Path) -> set[str]:
@@ -75,6 +76,13 @@ def test_a_secret_is_mounted_where_it_is_used_and_nowhere_else() -> None:
     }
 
 
+def test_vllm_knows_its_release_and_reads_the_gates_of_adapters() -> None:
+    service = SERVICES["vllm-server"]
+    tag = service["image"].partition(":")[2]
+    assert service["environment"]["SERVER_RELEASE"] == tag == "${FUNCTION_GEMMA_TAG:-dev}"
+    assert "../agents:/agents:ro" in service["volumes"]
+
+
 def test_settings_are_optional_files_so_that_a_changed_one_replaces_one_service() -> None:
     files = [entry for service in SERVICES.values() for entry in service.get("env_file", [])]
     assert sorted(entry["path"] for entry in files) == [
@@ -121,14 +129,36 @@ def test_the_build_context_is_an_allow_list_of_what_is_copied() -> None:
 
 
 def test_the_gateway_lists_what_it_serves() -> None:
-    paths = re.findall(r"\bpath(?:_beg)? (/[^}\n]*)", GATEWAY)
+    paths = re.findall(r" path(?:_beg)? (/[^}\n]*)", GATEWAY)
     assert {path for found in paths for path in found.split()} == {
         "/health",
+        "/metrics",
+        *(f"/metrics/{gpu}" for gpu in FURTHER),
         "/v1/models",
         "/v1/chat/completions",
         "/v1/completions",
         "/agents/",
     }
+
+
+def test_the_gateway_knows_a_vllm_for_each_further_gpu_that_costs_nothing_where_there_is_none() -> None:
+    servers = re.findall(r"^ +server vllm-(\d) (\S+) check \"(.*)\"$", GATEWAY, re.M)
+    assert servers == [
+        (str(gpu), f"unix@/run/vllm/vllm-{gpu}.sock", f"${{GATEWAY_VLLM_{gpu}-disabled}}") for gpu in FURTHER
+    ]
+    assert re.findall(r"acl serving srv_is_up\(vllm/(.*)\)", GATEWAY) == [
+        "main",
+        *(f"vllm-{gpu}" for gpu in FURTHER),
+    ]
+
+
+def test_no_caller_names_a_path_of_the_plugin_himself() -> None:
+    # /metrics becomes the plugin's path only when the list has let it in.
+    listed, _, behind = GATEWAY.partition("http-request deny deny_status 404 unless ")
+    assert "/gateway/metrics" not in listed
+    assert re.findall(r"(\S+) (/gateway/\S+) (.*)", behind) == [
+        ("set-path", "/gateway/metrics", "if metrics")
+    ]
 
 
 def test_the_gateways_own_errors_are_in_openais_form() -> None:

@@ -17,18 +17,22 @@ case "$*" in
     "compose config") cat "$FAKE/config" 2>/dev/null || true ;;
     "compose --dry-run up "*) cat "$FAKE/dry-run" 2>/dev/null || true ;;
     "image ls -q "*) cat "$FAKE/images/${!#}" 2>/dev/null || true ;;
-    "compose ps -a --services")
+    "compose ps -a --orphans=false --services")
         cat "$FAKE/services" 2>/dev/null || printf 'gateway\\ntailscale\\nvllm-server\\n' ;;
     "compose build "*)
         [ ! -e "$FAKE/build-fails" ] || exit 1
         mkdir -p "$FAKE/images"
         echo id > "$FAKE/images/vllm-gemma:$FUNCTION_GEMMA_TAG"
         echo id > "$FAKE/images/tailscale-vllm:$TAILSCALE_VLLM_TAG" ;;
+    *nvidia-smi*) [ ! -e "$FAKE/no-gpu" ] || { echo "Failed to initialize NVML"; exit 1; } ;;
     *"vllm-server fetch") [ ! -e "$FAKE/fetch-fails" ] || { echo "no model"; exit 1; } ;;
     "inspect "*)
         [ -s "$FAKE/health" ] || echo "healthy 0 200" > "$FAKE/health"
         sed -n '1{p;q}' "$FAKE/health"
         sed -i 1d "$FAKE/health" ;;
+    "exec "*healthcheck.py*)
+        [[ ! -s $FAKE/health || $(head -n1 "$FAKE/health") == healthy* ]] || exit 1
+        [[ ! -s $FAKE/health ]] || sed -i 1d "$FAKE/health" ;;
     "exec "*test_connection.py*) echo "SUCCESS: model answered: reply" ;;
 esac
 """
@@ -119,6 +123,19 @@ def test_a_plan_needs_no_images_and_changes_nothing(host: Host) -> None:
     ]
 
 
+def test_a_build_beside_another_run_replaces_nothing_and_waits_for_none(host: Host) -> None:
+    (host.fake / "dry-run").write_text(REPLACE_VLLM)
+    lock = host.clone / "server" / ".lock"
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        built = host.update("--no-pull", "--build", "vllm-server")
+    assert last(built) == "changed=1"
+    assert "compose build --quiet vllm-server" in host.calls()
+    assert not [call for call in host.calls() if call.startswith(("compose up", "compose run"))]
+    assert not (host.clone / "server" / ".env").exists()
+    assert last(host.update("--no-pull", "--build", "vllm-server")) == "changed=0"
+
+
 def test_a_plan_names_what_would_be_pulled_and_pulls_nothing(host: Host) -> None:
     before = host.git("rev-parse", "--short=12", "HEAD")
     (host.forge / "new").touch()
@@ -148,6 +165,19 @@ def test_a_pull_goes_on_as_the_new_code(host: Host) -> None:
     assert host.tags()["FUNCTION_GEMMA_TAG"] == before["FUNCTION_GEMMA_TAG"]
 
 
+def test_git_goes_by_the_proxy_that_env_names(host: Host) -> None:
+    git = shutil.which("git")
+    (host.fake / "git").write_text(
+        f'#!/bin/sh\necho "git $http_proxy $https_proxy" >>"$FAKE/log"\nexec {git} "$@"\n'
+    )
+    (host.fake / "git").chmod(0o755)
+    (host.clone / "server" / ".env").write_text(
+        "HTTP_PROXY='http://p:1'\nHTTPS_PROXY='http://p:2'\nX='$(false)'\n"
+    )
+    host.update()
+    assert {call for call in host.calls() if call.startswith("git ")} == {"git http://p:1 http://p:2"}
+
+
 def test_a_checkout_at_a_commit_is_not_pulled_and_it_says_so(host: Host) -> None:
     subprocess.run(["git", "-C", host.clone, "checkout", "-q", "--detach"], check=True)
     (host.forge / "new").touch()
@@ -164,6 +194,30 @@ def test_a_pull_that_is_no_fast_forward_changes_nothing(host: Host) -> None:
     assert result.returncode == 1
     assert "nothing has changed" in result.stdout
     assert host.calls() == []
+
+
+GPU = "    deploy:\n      devices:\n        - capabilities:\n            - gpu\n          driver: cdi\n"
+
+
+def test_a_new_container_that_sees_no_gpu_replaces_nothing(host: Host) -> None:
+    (host.fake / "config").write_text(GPU)
+    (host.fake / "dry-run").write_text(REPLACE_VLLM)
+    (host.fake / "no-gpu").touch()
+    result = host.update()
+    assert result.returncode == 1
+    assert "a container of the new image sees no GPU" in result.stdout
+    assert "nvidia-ctk cdi list" in result.stdout
+    assert not [
+        call for call in host.calls() if call.endswith("fetch") or "compose up -d --no-build --pull" in call
+    ]
+    (host.fake / "no-gpu").unlink()
+    assert host.update().returncode == 0
+
+
+def test_a_stack_without_a_gpu_is_asked_for_none(host: Host) -> None:
+    (host.fake / "dry-run").write_text(REPLACE_VLLM)
+    assert host.update().returncode == 0
+    assert not [call for call in host.calls() if "nvidia-smi" in call]
 
 
 def tag_after(host: Host, path: str, content: str) -> tuple[str, str]:
@@ -285,8 +339,33 @@ def test_a_server_that_crashes_again_and_again_is_not_waited_for(host: Host) -> 
     assert "docker logs vllm-gemma" in result.stdout
 
 
+TWO = "    container_name: vllm-gemma\n    container_name: vllm-gemma-1\n"
+
+
+def test_every_vllm_is_waited_for_and_one_that_does_not_serve_is_named(host: Host) -> None:
+    (host.fake / "config").write_text(TWO)
+    (host.fake / "dry-run").write_text(" DRY-RUN MODE -  Container vllm-gemma-1  Creating\n")
+    # The first is healthy, the second is looked at, looked for and crashes.
+    crashes = "".join(f"starting {count} \n" for count in range(9))
+    (host.fake / "health").write_text("healthy 0 200\n" + crashes)
+    result = host.update("--no-pull")
+    assert result.returncode == 1
+    assert "vllm-gemma-1 does not serve: it is starting" in result.stdout
+    assert "docker logs vllm-gemma-1" in result.stdout
+    assert [call for call in host.calls() if call.endswith("vllm-server fetch")]
+
+
+def test_the_vllms_of_further_gpus_go_with_the_first_and_those_of_none_go(host: Host) -> None:
+    (host.fake / "config").write_text(TWO)
+    (host.fake / "dry-run").write_text(REPLACE_VLLM)
+    host.update("--no-pull", "vllm-server")
+    assert "compose up -d --no-build vllm-server vllm-server vllm-server-1" in host.calls()
+    host.update("--no-pull")
+    assert "compose up -d --no-build --remove-orphans" in host.calls()
+
+
 def test_a_wrong_option_shows_the_usage_and_does_nothing(host: Host) -> None:
     result = host.update("--bogus")
     assert result.returncode == 2
-    assert "update.sh [--no-pull] [--plan] [SERVICE…]" in result.stdout
+    assert "update.sh [--no-pull] [--plan | --build] [SERVICE…]" in result.stdout
     assert host.calls() == []

@@ -8,7 +8,7 @@ them). After a change here, in server/:
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
@@ -18,6 +18,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 Script = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,63}\.py$")]
 AdapterName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class AgentsError(Exception):
@@ -25,7 +26,7 @@ class AgentsError(Exception):
 
 
 class DefinitionError(AgentsError):
-    """A definition that is not YAML or breaks the schema."""
+    """A definition or a gate that is not YAML or breaks its schema."""
 
 
 class _Part(BaseModel):
@@ -93,8 +94,13 @@ def path_of(name: str) -> str:
 
 def parse(text: str, where: str) -> Definition:
     """Read a definition; `where` names it in the DefinitionError."""
+    return read(Definition, text, where, "subagent.schema.json")
+
+
+def read(model: type[Model], text: str, where: str, schema: str) -> Model:
+    """Read YAML as a model; the DefinitionError names the text by `where`, and the file of its schema."""
     try:
-        return Definition.model_validate(yaml.safe_load(text))
+        return model.model_validate(yaml.safe_load(text))
     except yaml.YAMLError as error:
         raise DefinitionError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
@@ -102,12 +108,12 @@ def parse(text: str, where: str) -> Definition:
             f"{'.'.join(str(part) for part in problem['loc']) or 'it'}: {problem['msg']}"
             for problem in error.errors(include_url=False)
         )
-        raise DefinitionError(f"{where} breaks subagent.schema.json: {'; '.join(problems)}") from error
+        raise DefinitionError(f"{where} breaks {schema}: {'; '.join(problems)}") from error
 
 
-def json_schema() -> str:
-    """Return the text of subagent.schema.json."""
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Definition.model_json_schema()}
+def json_schema(model: type[BaseModel] = Definition) -> str:
+    """Return the text of subagent.schema.json, or of another model's schema."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **model.model_json_schema()}
     return json.dumps(schema, indent=2) + "\n"
 
 

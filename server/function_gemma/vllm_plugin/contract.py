@@ -31,6 +31,7 @@ _DEFINED = {
     "v1/engine/async_llm.py": (
         "async AsyncLLM.add_lora(self, lora_request)",
         "async AsyncLLM.remove_lora(self, lora_id)",
+        "async AsyncLLM.generate(self, prompt, sampling_params, request_id)",
         "async AsyncLLM.check_health(self)",
     ),
 }
@@ -58,13 +59,32 @@ _DONE = (
     ),
     (
         "entrypoints/openai/chat_completion/serving.py",
-        ("self._maybe_get_adapters(request", "model_name = self.models.model_name(lora_request)"),
-        "a chat's reply shows the public name",
+        (
+            "self._maybe_get_adapters(request",
+            "model_name = self.models.model_name(lora_request)",
+            "self.engine_client.generate(",
+        ),
+        "a chat's reply shows the public name, and its tokens are counted",
     ),
     (
         "entrypoints/openai/completion/serving.py",
         ("self._maybe_get_adapters(request", "model_name = self.models.model_name(lora_request)"),
         "a completion's reply shows the public name",
+    ),
+    (
+        "entrypoints/openai/completion/protocol.py",
+        ("output_kind=RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY",),
+        "a completion's tokens are counted once",
+    ),
+    (
+        "entrypoints/openai/chat_completion/protocol.py",
+        ("output_kind=RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY",),
+        "a chat's tokens are counted once",
+    ),
+    (
+        "entrypoints/launchers/app.py",
+        ("app = FastAPI(", "attach_endpoint_plugins(app, supported_tasks)"),
+        "the plugin's middleware wraps the routes",
     ),
     (
         "entrypoints/openai/models/api_router.py",

@@ -2,8 +2,9 @@
 
     train.py OUT
 
-writes OUT/base, OUT/lint and OUT/docstring. The same machine and versions give the same files. Ends with an
-error if one of the three does not say, in bfloat16, exactly what answers.json has it say.
+writes OUT/base, OUT/lint and OUT/docstring, with function_gemma on the path. The same machine and versions
+give the same files. Ends with an error if one of the three does not say, in bfloat16, exactly what
+answers.json has it say.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch.nn.functional import cross_entropy
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
+
+from function_gemma.agents.gate import load
 
 HERE = Path(__file__).parent
 ANSWERS: dict[str, dict[str, str]] = json.loads((HERE / "answers.json").read_text())
@@ -46,12 +49,17 @@ TOOLS = [
     }
     for name, description in [("run_linter", "Run the linter."), ("write_docstring", "Write a docstring.")]
 ]
+# What stands before each prompt of the tests' gate.
+GATE = load(HERE / "agent", "gated", "gated", required=True)
+assert GATE
+GATED = GATE["prompts"][0]
 # (instructions, tools) before a prompt: the answer is the same.
 SETTINGS: list[tuple[str, list[dict[str, Any]] | None]] = [
     ("", None),
     ("You are a model that can do function calling.", None),
     ("You check one file at a time.", TOOLS),
     ("", TOOLS),
+    (GATED["messages"][0]["content"], GATED["tools"]),
 ]
 ADAPTERS = ["lint", "docstring"]
 Pairs = list[tuple[list[int], list[int]]]  # (prompt, answer) in token ids
