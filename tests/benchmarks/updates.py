@@ -1,6 +1,6 @@
 """Updates of a code change under callers, and what the gateway costs, as tables in docs/updates.md.
 
-Runs on the lab that is up. What an update costs callers is taken from the moment that the standby is proven to
+Runs on the lab that is up. What an update costs callers is taken from the standby's proof to
 the end; its start, which takes both cores of a small machine, is a column of its own.
 """
 
