@@ -20,7 +20,7 @@ from stack import answers, clients, commit, host, server, ssh
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "updates.md"
 CHANGED = "server/function_gemma/__init__.py"
-UPDATES, CLIENTS, PAUSE, BEFORE = 5, 8, 0.05, 20  # the last: seconds of calls before an update
+UPDATES, CLIENTS, PAUSE, BEFORE = 5, 8, 0.25, 20  # the last: seconds of calls before an update
 ROUNDS, REQUESTS = 10, 40
 TAKES_OVER = "the standby takes over"
 
