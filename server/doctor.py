@@ -34,9 +34,8 @@ VLLM, AGENTS = "vllm-gemma", "agents-gemma"
 LIMIT = 15  # seconds for an answer
 DISK = 5  # GiB that an update's layers, a model's or an adapter's next generation may need
 KEY = timedelta(days=30)  # before a node's key expires, to act in
-STATES = ("healthy", "note", "degraded", "down")  # the better first
-NOTE, DEGRADED, DOWN = STATES[1:]
-EXITS = {"healthy": 0, "note": 0, "degraded": 1, "down": 2}
+HEALTHY, NOTE, DEGRADED, DOWN = "healthy", "note", "degraded", "down"
+EXITS = {HEALTHY: 0, NOTE: 0, DEGRADED: 1, DOWN: 2}
 # The gateway's image has bash, but no HTTP client.
 _TCP = "exec 3<>/dev/tcp/127.0.0.1/8000 && cat >&3 && cat <&3"
 _TAGS = {"vllm-gemma": "FUNCTION_GEMMA_TAG", "tailscale-vllm": "TAILSCALE_VLLM_TAG"}  # by the image
@@ -90,17 +89,18 @@ class Host:
     ask: Ask
     server: Path
     containers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    health: dict[str, Answer] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=lambda: {"addresses": [], "tokens": [], "adapters": []})
 
     def status(self, name: str) -> str:
         """Return a container's health; of one that does not run, or has no health check, its state."""
-        state = self.containers.get(name, {}).get("State", {"Status": "missing"})
-        health = state.get("Health") if state["Status"] == "running" else None
-        return str((health or state)["Status"])
+        if name in self.health:
+            return "unhealthy" if self.health[name].code else HEALTHY
+        return str(self.containers[name]["State"]["Status"]) if name in self.containers else "missing"
 
     def runs(self, name: str) -> bool:
         """Return whether a container can be asked, be it unhealthy."""
-        return self.status(name) in ("running", "starting", "healthy", "unhealthy")
+        return self.status(name) in ("running", HEALTHY, "unhealthy")
 
     @property
     def vllms(self) -> list[str]:
@@ -110,7 +110,7 @@ class Host:
     @property
     def vllm(self) -> str:
         """The first vLLM that is well; empty where none is."""
-        return next((name for name in self.vllms if self.status(name) == "healthy"), "")
+        return next((name for name in self.vllms if self.status(name) == HEALTHY), "")
 
     def get(self, path: str, body: dict[str, Any] | None = None) -> tuple[int, str]:
         """Ask the gateway from within the pod; return the status, 0 without an answer, and the text."""
@@ -136,10 +136,9 @@ def containers(host: Host) -> Iterator[Finding]:
     for name in (POD, SIDECAR, GATEWAY, *host.vllms, AGENTS):
         needed = name != AGENTS and (name not in host.vllms or not host.vllm)
         state, status = DOWN if needed else DEGRADED, host.status(name)
-        if status in ("starting", "unhealthy"):
-            log = host.containers[name]["State"]["Health"]["Log"]
-            said = " ".join(log[-1]["Output"].split()) if log else "not asked yet"
-            yield Finding(state, f"{name} is {status}: {said}", _mend(host, name, said))
+        if status == "unhealthy":
+            said = host.health[name].reason
+            yield Finding(state, f"{name} is unhealthy: {said}", _mend(host, name, said))
         elif not host.runs(name):
             mends = {
                 "missing": f"{host.server}/update.sh --no-pull",
@@ -157,8 +156,7 @@ def _mend(host: Host, name: str, said: str) -> str:
         return named[1] or named[2]
     if "the pod was restarted" in said:
         return f"{host.server}/heal.sh"
-    waits = said.startswith("waiting: ") or host.status(name) == "starting"
-    return f"docker logs -f --tail 20 {name}" if waits else f"docker restart {name}"
+    return f"docker {'logs --tail 20' if said.startswith('waiting: ') else 'restart'} {name}"
 
 
 def node(host: Host) -> Iterator[Finding]:
@@ -174,11 +172,9 @@ def node(host: Host) -> Iterator[Finding]:
     where = "in Tailscale's admin console, or in headscale by the command"
     called = me["DNSName"].partition(".")[0]
     if called not in ("", NAME):
-        what = (
-            f"the tailnet calls this node {called}, so another one is called {NAME}: remove that one in the"
-        )
+        what = f"the tailnet calls this node {called}, so another one is called {NAME}: remove that one, and"
         rename = f"headscale nodes rename --identifier {me['ID']} {NAME}"
-        yield Finding(DOWN, f"{what} control plane, and give this one the name {where}", rename)
+        yield Finding(DOWN, f"{what} give this one the name {where}", rename)
     if expires := me.get("KeyExpiry"):
         end = datetime.strptime(expires[:19], "%Y-%m-%dT%H:%M:%S").replace(tzinfo=timezone.utc)
         left = end - datetime.now(timezone.utc)
@@ -224,8 +220,8 @@ def _token(host: Host, model: str) -> str:
 
 
 def agents(host: Host) -> Iterator[Finding]:
-    """Ask the agents service through the gateway, unless Docker knows already that one is not well."""
-    if host.status(AGENTS) == host.status(GATEWAY) == "healthy":
+    """Ask the agents service through the gateway, unless the health check of one has told already."""
+    if host.status(AGENTS) == host.status(GATEWAY) == HEALTHY:
         status, text = host.get("/agents/")
         if status != 200:
             what = f"the gateway gets no answer of the agents service: {text}"
@@ -252,9 +248,7 @@ def adapters(host: Host) -> Iterator[Finding]:
     for one in listed["differs"]:
         what = f"{one['server']} differs: {one['name']} {one['digest'] or 'is not served'}"
         yield Finding(DEGRADED, what, f"docker restart {one['server']}")
-    named = {
-        one["name"]: one["serves"] for one in past["adapters"] if one["serves"] and not one["quarantined"]
-    }
+    named = {one["name"]: one["serves"] for one in past["adapters"] if not one["quarantined"]}
     serving = {one["name"]: one["digest"] for one in listed["adapters"]}
     for name in sorted(named.keys() | serving.keys()):
         if named.get(name) != serving.get(name):
@@ -349,12 +343,22 @@ def engine(host: Host) -> Iterator[Finding]:
     filters = ("--filter", f"{label}.project={NAME}", "--filter", f"{label}.oneoff=False")
     listed = host.ask("docker", "ps", "-aq", *filters)
     seen = host.ask("docker", "inspect", *listed.out.split()) if listed.out else listed
-    if listed.code:
-        yield Finding(DOWN, f"Docker does not answer: {listed.reason}", "systemctl restart docker")
-    elif not listed.out:
-        yield Finding(DOWN, "there is no container of the stack", f"{host.server}/update.sh --no-pull")
-    else:
-        host.containers = {one["Name"][1:]: one for one in json.loads(seen.out)}
+    if not seen.out:
+        if seen.code:
+            yield Finding(DOWN, f"Docker does not answer: {seen.reason}", "systemctl restart docker")
+        else:
+            yield Finding(DOWN, "there is no container of the stack", f"{host.server}/update.sh --no-pull")
+        return
+    host.containers = {one["Name"][1:]: one for one in json.loads(seen.out)}
+    # By the containers' own checks, but now: Docker asks every few seconds only.
+    tests = {
+        name: one["Config"]["Healthcheck"]["Test"][1:]
+        for name, one in host.containers.items()
+        if one["State"]["Status"] == "running" and "Healthcheck" in one["Config"]
+    }
+    with ThreadPoolExecutor(len(CHECKS)) as pool:
+        health = list(pool.map(lambda name: host.within(name, *tests[name]), tests))
+    host.health = dict(zip(tests, health, strict=True))
 
 
 def examine(host: Host) -> dict[str, Any]:
@@ -363,9 +367,9 @@ def examine(host: Host) -> dict[str, Any]:
     if not found:
         with ThreadPoolExecutor(len(CHECKS)) as pool:
             found = [one for some in pool.map(partial(_run, host), CHECKS) for one in some]
-    found.sort(key=lambda one: -STATES.index(one["state"]))
-    worst = found[0]["state"] if found else "healthy"
-    return {"state": "healthy" if worst == NOTE else worst, "findings": found, **host.report}
+    found.sort(key=lambda one: -EXITS[one["state"]])
+    state = next((one["state"] for one in found if one["state"] != NOTE), HEALTHY)
+    return {"state": state, "findings": found, **host.report}
 
 
 def _run(host: Host, check: Callable[[Host], Iterator[Finding]]) -> list[dict[str, str]]:
@@ -373,7 +377,8 @@ def _run(host: Host, check: Callable[[Host], Iterator[Finding]]) -> list[dict[st
         found = list(check(host))
     except (IndexError, KeyError, OSError, TypeError, ValueError) as error:
         what = f"an answer was not understood ({type(error).__name__}: {error})"
-        found = [Finding(DEGRADED, what, f"{host.server}/update.sh --no-pull")]
+        state = DOWN if check in (engine, tokens) else DEGRADED  # nothing shows then that it serves
+        found = [Finding(state, what, f"{host.server}/update.sh --no-pull")]
     return [{"check": check.__name__, **one._asdict()} for one in found]
 
 
