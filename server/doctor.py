@@ -105,7 +105,7 @@ class Host:
     @property
     def vllms(self) -> list[str]:
         """The containers with a vLLM, that of the first GPU first, which should be there at least."""
-        return [VLLM, *sorted(name for name in self.containers if name.startswith(f"{VLLM}-"))]
+        return [VLLM, *sorted(name for name in self.containers if re.fullmatch(rf"{VLLM}-\d", name))]
 
     @property
     def vllm(self) -> str:
