@@ -36,6 +36,7 @@ DISK = 5  # GiB that an update's layers, a model's or an adapter's next generati
 KEY = timedelta(days=30)  # before a node's key expires, to act in
 HEALTHY, NOTE, DEGRADED, DOWN = "healthy", "note", "degraded", "down"
 EXITS = {HEALTHY: 0, NOTE: 0, DEGRADED: 1, DOWN: 2}
+RESTART = "docker restart -t 30"  # what has hung would be waited for as long as a request may take
 # The gateway's image has bash, but no HTTP client.
 _TCP = "exec 3<>/dev/tcp/127.0.0.1/8000 && cat >&3 && cat <&3"
 _TAGS = {"vllm-gemma": "FUNCTION_GEMMA_TAG", "tailscale-vllm": "TAILSCALE_VLLM_TAG"}  # by the image
@@ -156,7 +157,7 @@ def _mend(host: Host, name: str, said: str) -> str:
         return named[1] or named[2]
     if "the pod was restarted" in said:
         return f"{host.server}/heal.sh"
-    return f"docker {'logs --tail 20' if said.startswith('waiting: ') else 'restart'} {name}"
+    return f"{'docker logs --tail 20' if said.startswith('waiting: ') else RESTART} {name}"
 
 
 def node(host: Host) -> Iterator[Finding]:
@@ -165,7 +166,7 @@ def node(host: Host) -> Iterator[Finding]:
         return
     answer = host.within(SIDECAR, "tailscale", "status", "--json", "--peers=false")
     if answer.code:
-        yield Finding(DOWN, f"tailscaled does not answer: {answer.reason}", f"docker restart {SIDECAR}")
+        yield Finding(DOWN, f"tailscaled does not answer: {answer.reason}", f"{RESTART} {SIDECAR}")
         return
     me = json.loads(answer.out)["Self"]
     host.report["addresses"] = me.get("TailscaleIPs") or []
@@ -188,10 +189,10 @@ def tokens(host: Host) -> Iterator[Finding]:
     """Ask the gateway for a token of the base model, and then of each adapter."""
     if not host.runs(GATEWAY):
         return
-    restart = f"docker restart {host.vllm or VLLM}"
+    restart = f"{RESTART} {host.vllm or VLLM}"
     status, text = host.get("/health")
     if not status:
-        yield Finding(DOWN, f"the gateway does not answer: {text}", f"docker restart {GATEWAY}")
+        yield Finding(DOWN, f"the gateway does not answer: {text}", f"{RESTART} {GATEWAY}")
     elif status != 200 and host.vllm:  # where none is well, its container's finding says why
         yield Finding(DOWN, "the gateway has no vLLM that is ready", restart)
     if status != 200:
@@ -225,7 +226,7 @@ def agents(host: Host) -> Iterator[Finding]:
         status, text = host.get("/agents/")
         if status != 200:
             what = f"the gateway gets no answer of the agents service: {text}"
-            yield Finding(DEGRADED, what, f"docker restart {AGENTS}")
+            yield Finding(DEGRADED, what, f"{RESTART} {AGENTS}")
 
 
 def adapters(host: Host) -> Iterator[Finding]:
@@ -236,7 +237,7 @@ def adapters(host: Host) -> Iterator[Finding]:
     for answer in answers:
         if answer.code:
             what = f"what is served is not known: {answer.reason}"
-            yield Finding(DEGRADED, what, f"docker restart {host.vllm}")
+            yield Finding(DEGRADED, what, f"{RESTART} {host.vllm}")
             return
     listed, past = (json.loads(answer.out) for answer in answers)
     keys = ("name", "serves", "source", "quarantined")
@@ -247,13 +248,13 @@ def adapters(host: Host) -> Iterator[Finding]:
         yield Finding(DEGRADED, what, back)
     for one in listed["differs"]:
         what = f"{one['server']} differs: {one['name']} {one['digest'] or 'is not served'}"
-        yield Finding(DEGRADED, what, f"docker restart {one['server']}")
+        yield Finding(DEGRADED, what, f"{RESTART} {one['server']}")
     named = {one["name"]: one["serves"] for one in past["adapters"] if not one["quarantined"]}
     serving = {one["name"]: one["digest"] for one in listed["adapters"]}
     for name in sorted(named.keys() | serving.keys()):
         if named.get(name) != serving.get(name):
             what = f"{name}: the manifest names {named.get(name)}, served is {serving.get(name)}"
-            yield Finding(DEGRADED, what, f"docker restart {host.vllm}")
+            yield Finding(DEGRADED, what, f"{RESTART} {host.vllm}")
 
 
 def gpus(host: Host) -> Iterator[Finding]:
@@ -268,7 +269,7 @@ def gpus(host: Host) -> Iterator[Finding]:
             if _gpus(seen) < wanted:
                 what = f"{name} asks for {wanted} GPUs ({', '.join(asked)}) and sees {_gpus(seen)}"
                 why = f": {seen.reason}" if seen.code else ""
-                yield Finding(DEGRADED, what + why, f"docker restart {name}")
+                yield Finding(DEGRADED, what + why, f"{RESTART} {name}")
 
 
 def _gpus(answer: Answer) -> int:

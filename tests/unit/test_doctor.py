@@ -214,7 +214,7 @@ CASES: dict[str, tuple[Callable[[Fake], None], str, str, str]] = {
         ails("vllm-gemma", "/run/vllm/vllm.sock: timed out"),
         "down",
         "vllm-gemma is unhealthy: /run/vllm/vllm.sock: timed out",
-        "docker restart vllm-gemma",
+        "docker restart -t 30 vllm-gemma",
     ),
     "a vLLM without a model": (ails("vllm-gemma", NO_MODEL), "down", "no model x@main", "sudo install it"),
     "a vLLM that loads": (
@@ -245,7 +245,7 @@ CASES: dict[str, tuple[Callable[[Fake], None], str, str, str]] = {
         says("tailscale status", SILENT),
         "down",
         "tailscaled does not answer: no answer within 15 s",
-        "docker restart tailscale-vllm",
+        "docker restart -t 30 tailscale-vllm",
     ),
     "another name": (
         lambda fake: fake.me.update(DNSName="function-gemma-server-1.tail.example."),
@@ -259,25 +259,25 @@ CASES: dict[str, tuple[Callable[[Fake], None], str, str, str]] = {
         says("GET /health", SILENT),
         "down",
         "the gateway does not answer: no answer within 15 s",
-        "docker restart gateway-gemma",
+        "docker restart -t 30 gateway-gemma",
     ),
     "a gateway that sees no vLLM": (
         says("GET /health", UNAVAILABLE),
         "down",
         "no vLLM that is ready",
-        "docker restart vllm-gemma",
+        "docker restart -t 30 vllm-gemma",
     ),
     "no list of models": (
         says("GET /v1/models", SILENT),
         "down",
         "no models of vLLM: no answer within 15 s",
-        "docker restart vllm-gemma",
+        "docker restart -t 30 vllm-gemma",
     ),
     "a base that gives no token": (
         says(f'"model": "{BASE}"', SILENT),
         "down",
         f"{BASE} gives no token: no answer within 15 s",
-        "docker restart vllm-gemma",
+        "docker restart -t 30 vllm-gemma",
     ),
     "an adapter that gives no token": (
         says('"model": "lint"', "HTTP/1.0 500 x\n\nbroken"),
@@ -295,13 +295,13 @@ CASES: dict[str, tuple[Callable[[Fake], None], str, str, str]] = {
         says("GET /agents/", UNAVAILABLE),
         "degraded",
         "no answer of the agents service: HTTP 503 away",
-        "docker restart agents-gemma",
+        "docker restart -t 30 agents-gemma",
     ),
     "a manager that fails": (
         says("adapter_manager.py list", Answer(7, "", "the store is damaged")),
         "degraded",
         "what is served is not known: the store is damaged",
-        "docker restart vllm-gemma",
+        "docker restart -t 30 vllm-gemma",
     ),
     "an adapter in quarantine": (
         quarantine,
@@ -313,13 +313,13 @@ CASES: dict[str, tuple[Callable[[Fake], None], str, str, str]] = {
         differ,
         "degraded",
         f"vllm-gemma-1 differs: lint {NEW}",
-        "docker restart vllm-gemma-1",
+        "docker restart -t 30 vllm-gemma-1",
     ),
     "another generation than the manifest's": (
         lambda fake: fake.listed.update(adapters=[{"name": "lint", "digest": NEW}]),
         "degraded",
         f"lint: the manifest names {OLD}, served is {NEW}",
-        "docker restart vllm-gemma",
+        "docker restart -t 30 vllm-gemma",
     ),
     "a GPU that the container lost": (
         both(
@@ -328,7 +328,7 @@ CASES: dict[str, tuple[Callable[[Fake], None], str, str, str]] = {
         ),
         "degraded",
         "asks for 1 GPUs (nvidia.com/gpu=0) and sees 0: Failed to initialize NVML",
-        "docker restart vllm-gemma",
+        "docker restart -t 30 vllm-gemma",
     ),
     "fewer GPUs than the host's": (
         both(
@@ -338,7 +338,7 @@ CASES: dict[str, tuple[Callable[[Fake], None], str, str, str]] = {
         ),
         "degraded",
         "asks for 2 GPUs (nvidia.com/gpu=all) and sees 1",
-        "docker restart vllm-gemma",
+        "docker restart -t 30 vllm-gemma",
     ),
     "changes by hand": (
         says("status --porcelain", " M server/update.sh\n?? server/new"),
