@@ -187,13 +187,13 @@ def node(host: Host) -> Iterator[Finding]:
 
 def tokens(host: Host) -> Iterator[Finding]:
     """Ask the gateway for a token of the base model, and then of each adapter."""
-    if not host.runs(GATEWAY):
+    if not (host.runs(GATEWAY) and host.vllm):  # whose own findings say why
         return
-    restart = f"{RESTART} {host.vllm or VLLM}"
+    restart = f"{RESTART} {host.vllm}"
     status, text = host.get("/health")
     if not status:
         yield Finding(DOWN, f"the gateway does not answer: {text}", f"{RESTART} {GATEWAY}")
-    elif status != 200 and host.vllm:  # where none is well, its container's finding says why
+    elif status != 200:
         yield Finding(DOWN, "the gateway has no vLLM that is ready", restart)
     if status != 200:
         return
@@ -210,7 +210,7 @@ def tokens(host: Host) -> Iterator[Finding]:
     host.report["tokens"] = [base, *(name for name, wrong in answers.items() if not wrong)]
     for name, wrong in answers.items():
         if wrong:
-            back = f"docker exec {host.vllm or VLLM} adapter_manager.py rollback {name}"
+            back = f"docker exec {host.vllm} adapter_manager.py rollback {name}"
             yield Finding(DEGRADED, f"{name} gives no token: {wrong}", back)
 
 
