@@ -135,29 +135,28 @@ class Host:
 def containers(host: Host) -> Iterator[Finding]:
     """Look whether each container runs and is healthy, in the words of its health check."""
     for name in (POD, SIDECAR, GATEWAY, *host.vllms, AGENTS):
-        needed = name != AGENTS and (name not in host.vllms or not host.vllm)
-        state, status = DOWN if needed else DEGRADED, host.status(name)
-        if status == "unhealthy":
-            said = host.health[name].reason
-            yield Finding(state, f"{name} is unhealthy: {said}", _mend(host, name, said))
-        elif not host.runs(name):
-            mends = {
-                "missing": f"{host.server}/update.sh --no-pull",
-                "paused": f"docker unpause {name}",
-                "restarting": f"docker logs --tail 20 {name}",
-            }
-            yield Finding(state, f"{name} is {status}", mends.get(status, f"{host.server}/heal.sh"))
+        # Whether callers miss a vLLM the gateway knows: another one, or an update's standby, may answer.
+        state = DOWN if name in (POD, SIDECAR, GATEWAY) else DEGRADED
+        if not host.runs(name):
+            yield Finding(state, f"{name} is {host.status(name)}", _mend(host, name))
+        elif host.status(name) == "unhealthy":
+            yield Finding(state, f"{name} is unhealthy: {host.health[name].reason}", _mend(host, name))
 
 
-def _mend(host: Host, name: str, said: str) -> str:
-    """Return what mends what a health check said; the scripts name it where they know it."""
+def _mend(host: Host, name: str) -> str:
+    """Return what mends a container; its health check names it where it knows it."""
+    heal, logs, restart = f"{host.server}/heal.sh", f"docker logs --tail 20 {name}", f"{RESTART} {name}"
+    if not host.runs(name):
+        mends = {"missing": f"{host.server}/update.sh --no-pull", "paused": f"docker unpause {name}"}
+        return {**mends, "restarting": logs}.get(host.status(name), heal)
+    said = host.health[name].reason
     if "/authkey is used at once" in said:
         return f"install -m 0400 /dev/stdin {host.server}/secrets/tailscale/authkey"
     if named := re.search(r"To mend it: (.*)|(docker logs [\w-]+)", said):
         return named[1] or named[2]
     if "the pod was restarted" in said:
-        return f"{host.server}/heal.sh"
-    return f"{'docker logs --tail 20' if said.startswith('waiting: ') else RESTART} {name}"
+        return heal
+    return logs if said.startswith("waiting: ") else restart
 
 
 def node(host: Host) -> Iterator[Finding]:
@@ -187,30 +186,30 @@ def node(host: Host) -> Iterator[Finding]:
 
 def tokens(host: Host) -> Iterator[Finding]:
     """Ask the gateway for a token of the base model, and then of each adapter."""
-    if not (host.runs(GATEWAY) and host.vllm):  # whose own findings say why
+    if not host.runs(GATEWAY):
         return
-    restart = f"{RESTART} {host.vllm}"
+    mend = f"{RESTART} {host.vllm}" if host.vllm else _mend(host, VLLM)
     status, text = host.get("/health")
     if not status:
         yield Finding(DOWN, f"the gateway does not answer: {text}", f"{RESTART} {GATEWAY}")
     elif status != 200:
-        yield Finding(DOWN, "the gateway has no vLLM that is ready", restart)
+        yield Finding(DOWN, "the gateway has no vLLM that is ready", mend)
     if status != 200:
         return
     status, text = host.get("/v1/models")
     if status != 200:
-        yield Finding(DOWN, f"the gateway gets no models of vLLM: {text}", restart)
+        yield Finding(DOWN, f"the gateway gets no models of vLLM: {text}", mend)
         return
     base, *names = (one["id"] for one in json.loads(text)["data"])  # vLLM lists the base model first
     if wrong := _token(host, base):
-        yield Finding(DOWN, f"{base} gives no token: {wrong}", restart)
+        yield Finding(DOWN, f"{base} gives no token: {wrong}", mend)
         return
     with ThreadPoolExecutor(4) as pool:
         answers = dict(zip(names, pool.map(partial(_token, host), names), strict=True))
     host.report["tokens"] = [base, *(name for name, wrong in answers.items() if not wrong)]
     for name, wrong in answers.items():
         if wrong:
-            back = f"docker exec {host.vllm} adapter_manager.py rollback {name}"
+            back = f"docker exec {VLLM} adapter_manager.py rollback {name}"
             yield Finding(DEGRADED, f"{name} gives no token: {wrong}", back)
 
 
