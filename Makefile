@@ -23,7 +23,7 @@ lint: controller ## ruff, mypy, shellcheck, ansible-lint
 	$(BIN)/shellcheck $(SHELL_FILES)
 	$(BIN)/ansible-lint --offline -q
 
-unit: controller ## the tests that need no Docker: seconds
+unit: controller ## the tests that need no Docker
 	$(BIN)/pytest -q tests/unit
 
 lab: ## build and start the internet in a box, the bare host and the laptop

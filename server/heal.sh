@@ -26,7 +26,7 @@ inspect() {
     docker inspect -f '{{slice .Name 1}} {{.State.Status}} {{.State.Pid}} {{.HostConfig.NetworkMode}} {{.State.StartedAt}} {{with .State.Health}}{{.Status}}{{$last := ""}}{{range .Log}}{{$last = .Output}}{{end}} {{printf "%q" $last}}{{end}}' "$@"
 }
 
-[[ -z $(docker ps -aq --filter name=-gemma-standby) ]] || ./update.sh --settle
+[[ ! -e .unsettled ]] || ./update.sh --settle  # a run was killed
 
 idle=$(inspect "${all[@]}" | awk '$1 == "function-gemma-pod" {pod = 1} $2 == "exited" || $2 == "created" || $2 == "dead" {printf " %s", $1}
                                   END {if (!pod) printf " function-gemma-pod"}')

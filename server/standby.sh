@@ -36,10 +36,11 @@ is_up() { [[ $(traffic "$1") == UP* ]]; }
 
 is_idle() { [[ $(traffic "$1") == *' 0 0' ]]; }
 
-# move FROM TO: new requests go to the server TO and none to FROM, which ends those it has.
-move() {
-    control "set server vllm/$2 state ready" >/dev/null
-    await 30s is_up "$2" || return 1
+# New requests go to this server too.
+admit() { control "set server vllm/$1 state ready" >/dev/null && await 30s is_up "$1"; }
+
+# No new request goes to this server, which ends those it has. Where none other is up they wait at the gateway.
+drain() {
     control "set server vllm/$1 state drain" >/dev/null
     await "$longest" is_idle "$1" || {
         say "cuts off requests that take longer than GATEWAY_LONGEST_REQUEST, $longest: $(traffic "$1" | cut -d ' ' -f 3)"
@@ -52,26 +53,32 @@ remove() {
     docker rm -f "$1" >/dev/null 2>&1 || true
 }
 
-# What a run that was killed or has failed left behind. A standby that alone answers stays until the next run.
+# What a run that was killed or has failed left behind: `unsettled` is there from before the first change at the gateway until all is
+# as it should be. A standby that alone answers stays until another run, or the healer, finds the server ready.
+unsettled=.unsettled
 settle() {
     local name
+    [[ -e $unsettled ]] || return 0
     if there gateway-gemma-standby && control 'show info' >/dev/null 2>&1; then
         remove gateway-gemma-standby
     fi
-    there vllm-gemma-standby || return 0
     for name in "${vllms[@]}"; do
         if ready "$name"; then
-            move standby "$(server_of "$name")" || return 0
+            admit "$(server_of "$name")" || return 0
         elif ready vllm-gemma-standby; then
             say "$name does not answer and the standby does: it stays"
             return
+        else
+            control "set server vllm/$(server_of "$name") state ready" >/dev/null || return 0
         fi
     done
-    say "removes the standby"
-    end_standby
+    ! there vllm-gemma-standby || end_standby
+    rm -f "$unsettled"
 }
 
 end_standby() {
+    say "ends the standby"
+    drain standby || true
     control 'set server vllm/standby state maint' >/dev/null || true
     remove vllm-gemma-standby
 }
@@ -79,6 +86,7 @@ end_standby() {
 # A second HAProxy listens on the same port while the first is replaced; each ends what it has begun.
 roll_gateway() {
     say "gateway-gemma: a second one takes over while it is replaced"
+    touch "$unsettled"
     compose run -d -T --no-deps --name gateway-gemma-standby -e "GATEWAY_SOCKET=$gateway_standby_socket" gateway >/dev/null
     await 30s control 'show info' gateway-gemma-standby >/dev/null 2>&1 || die "the new gateway does not start, and nothing was replaced: $(docker logs gateway-gemma-standby 2>&1)"
     compose up -d --no-build gateway || die "the gateway was not replaced, see above; the second one answers, and another run goes on from there"
@@ -99,34 +107,42 @@ strategy() {
     ((used > 0 && free > used)) && echo surge || echo queue
 }
 
-# Replaces one vLLM while a standby of the new image and settings answers in its place.
-# `up` without --no-deps, with which Compose would give the container another hash and replace it again at the next one.
+# Starts a vLLM of the new image and settings beside NAME and proves it.
+start_standby() {
+    local name=$1 since
+    say "$name: starts a standby"
+    since=$(date +%s)
+    # On CPUs each vLLM binds its threads to the same cores, where one that starts would get next to nothing of a busy one's.
+    compose run -d -T --no-deps --name vllm-gemma-standby -e SERVER_SOCKET=/run/vllm/vllm-standby.sock \
+        -e VLLM_CPU_OMP_THREADS_BIND=nobind "${name/gemma/server}" >/dev/null \
+        || die "the standby was not started, see above; nothing was replaced"
+    docker update --cpu-shares 512 vllm-gemma-standby >/dev/null  # half: what serves goes before what starts
+    follow vllm-gemma-standby "$since" "$name serves as before."
+    docker exec vllm-gemma-standby adapter_manager.py check || die "the standby does not answer as it should, see above; $name serves as before"
+    docker update --cpu-shares 1024 vllm-gemma-standby >/dev/null
+}
+
+# Replaces one vLLM while a standby answers in its place, or while requests wait at the gateway.
 roll_vllm() {
-    local name=$1 service=${1/gemma/server} server since
+    local name=$1 how=$2 server since
     server=$(server_of "$name")
-    if ! ready vllm-gemma-standby; then
-        say "$name: starts a standby"
-        since=$(date +%s)
-        # On CPUs each vLLM binds its threads to the same cores, where one that starts would get next to nothing of a busy one's.
-        compose run -d -T --no-deps --name vllm-gemma-standby -e SERVER_SOCKET=/run/vllm/vllm-standby.sock \
-            -e VLLM_CPU_OMP_THREADS_BIND=nobind "$service" >/dev/null \
-            || die "the standby was not started, see above; nothing was replaced"
-        # What serves goes before what starts.
-        docker update --cpu-shares "$starting_shares" vllm-gemma-standby >/dev/null
-        follow vllm-gemma-standby "$since" "$name serves as before."
-        docker exec vllm-gemma-standby adapter_manager.py check || die "the standby does not answer as it should, see above; $name serves as before"
-        docker update --cpu-shares "$shares" vllm-gemma-standby >/dev/null
+    touch "$unsettled"
+    if [[ $how == surge ]]; then
+        ready vllm-gemma-standby || start_standby "$name"
+        say "$name: the standby takes over"
+        admit standby || die "the gateway does not reach the standby: docker logs gateway-gemma; $name serves as before"
+    else
+        say "$name: requests wait while it is replaced"
     fi
-    say "$name: the standby takes over"
-    move "$server" standby || die "the gateway does not reach the standby: docker logs gateway-gemma; $name serves as before"
+    drain "$server"
     keep_tags
     say "$name: is replaced"
     since=$(date +%s)
-    compose up -d --no-build "$service" || die "$name was not replaced, see above; the standby answers, and another run goes on from there"
+    # Without --no-deps, with which Compose would give the container another hash and replace it again at the next `up`.
+    compose up -d --no-build "${name/gemma/server}" || die "$name was not replaced, see above; another run goes on from there"
     follow "$name" "$since"
-    docker exec "$name" adapter_manager.py check || die "$name does not answer, see above; the standby does, and another run goes on from there"
-    say "$name: takes over again"
-    move standby "$server" || die "the gateway does not reach $name: docker logs gateway-gemma; the standby answers"
-    end_standby
+    docker exec "$name" adapter_manager.py check || die "$name does not answer as it should, see above; another run goes on from there"
+    admit "$server" || die "the gateway does not reach $name: docker logs gateway-gemma"
+    say "$name: serves"
+    ! there vllm-gemma-standby || end_standby
 }
-shares=1024 starting_shares=512  # Docker's default, and half of it

@@ -136,7 +136,7 @@ ready() { docker exec "$1" sh -c 'exec healthcheck.py "$SERVER_SOCKET" /ready' >
 follow() {
     local name=$1 since=$2 consequence=${3-Its log: docker logs $1.} follower health restarts output first='' second=0 failed=''
     docker inspect "$name" >/dev/null 2>&1 || die "there is no $name yet: server/update.sh --no-pull"
-    docker logs -f --since "$since" "$name" 2>&1 &
+    docker logs -f --since "$since" "$name" 2>&1 9>&- &  # it outlives a kill of this, and the lock must not
     follower=$!
     until ready "$name"; do
         read -r health restarts output < <(inspect "$name" && echo)
@@ -219,8 +219,8 @@ main() {
         roll_gateway
     fi
     for name in "${vllms[@]}"; do
-        if replaces "$name" && runs gateway-gemma && ! replaces function-gemma-pod && ready "$name" && [[ $(strategy "$name") == surge ]]; then
-            roll_vllm "$name"
+        if replaces "$name" && runs gateway-gemma && ! replaces function-gemma-pod && ready "$name"; then
+            roll_vllm "$name" "$(strategy "$name")"
         fi
     done
     keep_tags
@@ -248,7 +248,7 @@ main() {
         main "$@"
     else
         lock
-        main "$@" 2>&1 | tee -p .update.log
+        main "$@" 2>&1 | tee -p .update.log 9>&-
     fi
     exit
 }

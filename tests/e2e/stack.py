@@ -189,6 +189,12 @@ def clients(number: int = 3, pause: float = 0.5) -> Iterator[dict[str, Any]]:
     seen.update(json.loads(output))
 
 
+def nothing_failed(seen: Mapping[str, Any]) -> bool:
+    """Whether clients got their answers, all of them right; says what else they got."""
+    assert seen["failures"] == {}, seen["failures"]
+    return bool(seen["requests"])
+
+
 def reaches(path: str) -> bool:
     """Whether the laptop gets an answer from the gateway, whatever it says."""
     return laptop(f"curl -sS -m 5 {URL}{path}", ok=None).code == 0

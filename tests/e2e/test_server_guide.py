@@ -11,11 +11,13 @@ from stack import (
     CHECKOUT,
     PROMPT,
     ask,
+    clients,
     commit,
     containers,
     host,
     host_head,
     laptop,
+    nothing_failed,
     replaced,
     server,
 )
@@ -74,8 +76,11 @@ def test_the_connection_check_prints_success_and_the_reply_on_a_tailnet_machine(
 
 def test_update_over_ssh_pulls_and_replaces_the_server_and_shows_its_log() -> None:
     before, head = containers(), host_head()
-    with commit("server/function_gemma/__init__.py", '"""', '"""e2e: '):
+    with commit("server/function_gemma/__init__.py", '"""', '"""e2e: '), clients() as seen:
         update = laptop("ssh root@function-gemma-server ./update.sh", seconds=400)
+    assert nothing_failed(seen)
+    assert "vllm-gemma: the standby takes over" in update.words
+    assert "vllm-gemma: serves" in update.words
     assert f"pulled main: {head[:12]} → {host_head()[:12]}" in update.words
     assert LISTENS in update.words
     assert "SUCCESS: " in update.words

@@ -453,8 +453,16 @@ def test_requests_wait_where_the_settings_or_the_memory_want_it(host: Host) -> N
     (host.fake / "rss").unlink()
     (host.clone / "server" / ".env").write_text("UPDATE_STRATEGY='queue'\n")
     host.update("--no-pull")
-    assert host.calls().count("compose up -d --no-build --remove-orphans") == 2
-    assert not [call for call in host.calls() if "standby" in call and not call.startswith("ps ")]
+    order = positions(
+        host.calls(),
+        "set server vllm/main state drain",
+        "compose up -d --no-build vllm-server",
+        "set server vllm/main state ready",
+    )
+    assert order == sorted(order)
+    assert host.calls().count("compose up -d --no-build vllm-server") == 2
+    assert not [call for call in host.calls() if call.startswith("compose run -d")]
+    assert host.gateway() == {"main": "ready", "standby": "maint"}
     (host.clone / "server" / ".env").write_text("UPDATE_STRATEGY=both\n")
     wrong = host.update("--no-pull")
     assert "UPDATE_STRATEGY in server/.env is auto, surge or queue, not both" in wrong.stdout
@@ -463,15 +471,19 @@ def test_requests_wait_where_the_settings_or_the_memory_want_it(host: Host) -> N
 def test_what_a_killed_run_left_is_ended_and_one_that_alone_answers_is_not(host: Host) -> None:
     host.serves()
     host.runs("vllm-gemma-standby", "gateway-gemma-standby")
+    unsettled = host.clone / "server" / ".unsettled"
+    unsettled.touch()
     (host.fake / "gateway" / "main").write_text("drain\n")
     (host.fake / "gateway" / "standby").write_text("ready\n")
     (host.fake / "health").write_text("starting 0 loading\n")
     assert "the standby does: it stays" in host.update("--settle").stdout
     assert host.gateway()["standby"] == "ready"
+    assert unsettled.exists()
     (host.fake / "health").unlink()
     assert host.update("--settle").returncode == 0
     assert host.gateway() == {"main": "ready", "standby": "maint"}
     assert not list((host.fake / "containers").glob("*-standby"))
+    assert not unsettled.exists()
 
 
 def test_a_second_gateway_listens_while_the_first_is_replaced(host: Host) -> None:
@@ -495,3 +507,12 @@ def test_a_longest_request_without_a_unit_changes_nothing(host: Host) -> None:
     assert result.returncode == 1
     assert "is seconds with an s, such as 300s, not 5m" in result.stdout
     assert host.calls() == ["compose config"]
+
+
+def test_a_server_that_a_killed_run_drained_gets_requests_again_once_it_is_ready(host: Host) -> None:
+    host.serves()
+    (host.fake / "gateway" / "main").write_text("drain\n")
+    (host.fake / "health").write_text("starting 0 loading\n")
+    (host.clone / "server" / ".unsettled").touch()
+    assert host.update("--settle").returncode == 0
+    assert host.gateway() == {"main": "ready", "standby": "maint"}
