@@ -213,7 +213,12 @@ def in_the_pod(program: str) -> Any:  # noqa: ANN401 - what the program prints
 @pytest.fixture(scope="module")
 def impatient() -> Iterator[None]:
     """A second gateway beside the first, of the same image and configuration: it gives a client a second."""
-    settings = {"BIND": "127.0.0.1:8001", "REQUEST_TIMEOUT": "1s", "MAX_PER_CALLER": MAX}
+    settings = {
+        "BIND": "127.0.0.1:8001",
+        "REQUEST_TIMEOUT": "1s",
+        "MAX_PER_CALLER": MAX,
+        "LONGEST_REQUEST": "60s",
+    }
     words = " ".join(f"-e GATEWAY_{name}={value}" for name, value in settings.items())
     volumes = (
         "-v function-gemma-server_vllm-run:/run/vllm:ro -v function-gemma-server_agents-run:/run/agents:ro"
