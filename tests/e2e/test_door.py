@@ -149,7 +149,8 @@ CLIENTS: dict[str, tuple[bytes, int, bool]] = {
         False,
     ),
     "it asks for a websocket": (
-        MODELS + b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: eA==\r\n\r\n",
+        MODELS
+        + b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
         200,
         False,
     ),
