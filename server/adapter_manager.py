@@ -254,6 +254,17 @@ def served() -> dict[str, Any]:
     return {**found[first], "quarantined": quarantined, "differs": differs}
 
 
+def check() -> dict[str, Any]:
+    """Have this container's vLLM answer as the base model and as each adapter; all must serve the same."""
+    if differs := served()["differs"]:
+        raise AdapterError(_differs(differs[0]))
+    own = str(server_socket())
+    names = [one["id"] for one in call("GET", "/v1/models", address=own)["data"]]
+    for name in names:
+        call("POST", "/v1/completions", {"model": name, "prompt": "Hello", "max_tokens": 1}, own)
+    return {"answered": names}
+
+
 def rollback(name: str, to: str | None) -> dict[str, Any]:
     """Serve the generation that `name` served before, or the one of digest `to`."""
     store = Store(root())
@@ -350,6 +361,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     commands.add_parser("unload", parents=[common, named], help="serve an adapter no more; its files stay")
     commands.add_parser("list", parents=[common], help="show what the server serves and quarantined")
+    commands.add_parser(
+        "check", parents=[common], help="have this container's server answer once as each model"
+    )
     past = commands.add_parser("history", parents=[common], help="show what was served; asks no server")
     past.add_argument("name", metavar="NAME", nargs="?", help="only this one")
     back = commands.add_parser("rollback", parents=[common, named], help="serve what was served before")
@@ -374,6 +388,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Do what the command line says and return the result."""
     if options.command == "list":
         return served()
+    if options.command == "check":
+        return check()
     if not root().is_dir():
         raise AdapterError(
             f"{root()} is not here: run this in the server's container, "
@@ -399,11 +415,10 @@ def describe(command: str, result: dict[str, Any]) -> str:
         lines += [
             f"{one['name']}  {one['digest']}  quarantined: {one['reason']}" for one in result["quarantined"]
         ]
-        lines += [
-            f"{one['server']} differs: {one['name']}  {one['digest'] or 'is not served'}"
-            for one in result["differs"]
-        ]
+        lines += map(_differs, result["differs"])
         text = "\n".join(lines) or "no adapter is served"
+    elif command == "check":
+        text = f"answered: {', '.join(result['answered'])}"
     elif command == "history":
         text = "\n".join(map(_past, result["adapters"])) or "no adapter was ever served"
     elif command == "validate":
@@ -421,6 +436,10 @@ def describe(command: str, result: dict[str, Any]) -> str:
         passed = f", {gate['passed']} of its gate's {gate['of']} prompts passed" if gate else ""
         text = f"{result['name']}: changed, {result['digest']} is served{before}{passed}"
     return text
+
+
+def _differs(one: dict[str, Any]) -> str:
+    return f"{one['server']} differs: {one['name']}  {one['digest'] or 'is not served'}"
 
 
 def _past(one: dict[str, Any]) -> str:

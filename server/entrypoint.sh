@@ -133,8 +133,8 @@ serve() {
         --enable-auto-tool-choice --tool-call-parser functiongemma
         --enable-request-id-headers
         --disable-fastapi-docs
-        --shutdown-timeout 30
     )
+    [[ ! -v GATEWAY_LONGEST_REQUEST ]] || args+=(--shutdown-timeout "${GATEWAY_LONGEST_REQUEST%s}")
     # Multi-LoRA without the plugin: name the adapters here, and leave VLLM_PLUGINS unset below. A bad one ends the start.
     # args+=(--lora-modules
     #     lint=/models/adapters/lint

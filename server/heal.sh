@@ -26,6 +26,8 @@ inspect() {
     docker inspect -f '{{slice .Name 1}} {{.State.Status}} {{.State.Pid}} {{.HostConfig.NetworkMode}} {{.State.StartedAt}} {{with .State.Health}}{{.Status}}{{$last := ""}}{{range .Log}}{{$last = .Output}}{{end}} {{printf "%q" $last}}{{end}}' "$@"
 }
 
+[[ -z $(docker ps -aq --filter name=-gemma-standby) ]] || ./update.sh --settle
+
 idle=$(inspect "${all[@]}" | awk '$1 == "function-gemma-pod" {pod = 1} $2 == "exited" || $2 == "created" || $2 == "dead" {printf " %s", $1}
                                   END {if (!pod) printf " function-gemma-pod"}')
 if [[ -n $idle ]]; then
@@ -48,6 +50,6 @@ while read -r name state pid network started health output; do
         docker restart "$name" </dev/null
     elif [[ $health == unhealthy && $output != '"waiting: '* && $(date -d "$started" +%s) -lt $(($(date +%s) - rest)) ]]; then
         say "$name is unhealthy: $output"
-        docker restart "$name" </dev/null
+        docker restart -t 30 "$name" </dev/null
     fi
 done < <(inspect "${all[@]}")

@@ -1,11 +1,14 @@
 #!/bin/bash
 # Brings this host to what the checkout and the settings say, and proves it by a reply.
-#   update.sh [--no-pull] [--plan | --build] [SERVICE…]
+#   update.sh [--no-pull] [--plan | --build | --settle] [SERVICE…]
 # --no-pull  take the checkout as it is
 # --plan     say what would be pulled, built and replaced, and change nothing
 # --build    only build, beside another run: site.yml does while the node joins the tailnet
+# --settle   only end what a run that was killed left beside the servers; heal.sh asks for it
 # SERVICE    only these (default: all); pod and tailscale are replaced only where they differ, as all are
-# The last line is `changed=0` or `changed=1`. Another run waits for the one that holds server/.lock. Neither the end of the
+# What serves is replaced while another of the new kind answers in its place; see standby.sh. UPDATE_STRATEGY in .env: `surge` does
+# that with vLLM too, `queue` lets requests wait at the gateway instead, `auto` (the default) is surge where memory suffices for two.
+# Until a new vLLM has answered, nothing is replaced. The last line is `changed=0` or `changed=1`. Another run waits for the one that holds server/.lock. Neither the end of the
 # session nor of the sidecar stops a run; server/.update.log has all it said.
 set -euo pipefail
 
@@ -66,6 +69,8 @@ tags() {
     config=$(compose config) || die "the compose files or server/.env are wrong, see above; nothing has changed"
     base_of() { sed -n "s/^ *$1: //p" <<<"$config"; }
     gpu=$(grep -m1 '^ *- gpu$' <<<"$config" || true)
+    longest=$(base_of GATEWAY_LONGEST_REQUEST | head -n1)
+    [[ ${longest:=0s} =~ ^[0-9]+s$ ]] || die "GATEWAY_LONGEST_REQUEST in server/.env is seconds with an s, such as 300s, not $longest"
     FUNCTION_GEMMA_TAG=$(tag_of Dockerfile "$(base_of VLLM_IMAGE)")
     TAILSCALE_VLLM_TAG=$(tag_of Dockerfile.tailscale "$(base_of TAILSCALE_IMAGE)")
     GATEWAY_CONFIG_TAG=$(hash_files haproxy | sha256sum | cut -c1-12)
@@ -126,15 +131,16 @@ inspect() { docker inspect -f '{{.State.Health.Status}} {{.RestartCount}} {{rang
 # shellcheck disable=SC2016  # the container's own variable
 ready() { docker exec "$1" sh -c 'exec healthcheck.py "$SERVER_SOCKET" /ready' >/dev/null 2>&1; }
 
-# Until the vLLM is ready, showing its log from SINCE on; not while it waits for a model or crashes again and again.
+# follow NAME SINCE [CONSEQUENCE]: until the vLLM is ready, showing its log from SINCE on; not while it waits for a model, has
+# ended or crashes again and again.
 follow() {
-    local name=$1 since=$2 follower health restarts output first='' second=0 failed=''
+    local name=$1 since=$2 consequence=${3-Its log: docker logs $1.} follower health restarts output first='' second=0 failed=''
     docker inspect "$name" >/dev/null 2>&1 || die "there is no $name yet: server/update.sh --no-pull"
     docker logs -f --since "$since" "$name" 2>&1 &
     follower=$!
     until ready "$name"; do
         read -r health restarts output < <(inspect "$name" && echo)
-        if [[ $output == *'no model'* ]] || ((restarts > ${first:=$restarts} + 1 || second++ >= patience)); then
+        if ! runs "$name" || [[ $output == *'no model'* ]] || ((restarts > ${first:=$restarts} + 1 || second++ >= patience)); then
             failed=1
             break
         fi
@@ -142,7 +148,7 @@ follow() {
     done
     kill "$follower" 2>/dev/null || true
     wait "$follower" 2>/dev/null || true
-    [[ ! $failed ]] || die "$name does not serve: it is $health after $((restarts - ${first:-restarts})) restarts. ${output##*waiting: } Its log: docker logs $name.${pulled:+ Back to the former code: git -C $checkout reset --hard ORIG_HEAD && $checkout/server/update.sh --no-pull}"
+    [[ ! $failed ]] || die "$name does not serve: it is $health after $((restarts - ${first:-restarts})) restarts. ${output##*waiting: } $consequence${pulled:+ Back to the former code: git -C $checkout reset --hard ORIG_HEAD && $checkout/server/update.sh --no-pull}"
 }
 
 lock() {
@@ -152,7 +158,7 @@ lock() {
 }
 
 main() {
-    plan='' build_only='' changed=0 pulled='' services=()
+    plan='' build_only='' settle_only='' changed=0 pulled='' services=()
     local pull=1 since name
     for word in "$@"; do
         case $word in
@@ -160,11 +166,14 @@ main() {
         --pulled) pull='' pulled=1 changed=1 ;;
         --plan) plan=1 ;;
         --build) build_only=1 ;;
+        --settle) pull='' settle_only=1 ;;
         -*) sed -n '2,/^set/{/^set/d;s/^# //;p}' "$0" >&2; exit 2 ;;
         *) services+=("$word") ;;
         esac
     done
     checkout=$(cd .. && pwd)
+    update_strategy=$(sed -nE "s/^UPDATE_STRATEGY=['\"]?([^'\"]*).*/\1/p" .env 2>/dev/null || true)
+    [[ ${update_strategy:=auto} =~ ^(auto|surge|queue)$ ]] || die "UPDATE_STRATEGY in server/.env is auto, surge or queue, not $update_strategy"
 
     # git reads no .env; small letters are what it knows for http:// as well.
     set -a
@@ -173,6 +182,11 @@ main() {
     set +a
     [[ -z $pull ]] || pull
     tags
+    if [[ ! $plan && ! $build_only ]]; then
+        settle
+        [[ ! $settle_only ]] || return 0
+        trap settle EXIT
+    fi
     survey once
     for service in "${build[@]}"; do say "${plan:+would }build: the image of $service"; done
     [[ ! $build_only ]] || replace=()
@@ -201,6 +215,14 @@ main() {
         done
         compose run --rm -T --no-deps vllm-server fetch || die "nothing was replaced"
     fi
+    if replaces gateway-gemma && runs gateway-gemma && ! replaces function-gemma-pod; then
+        roll_gateway
+    fi
+    for name in "${vllms[@]}"; do
+        if replaces "$name" && runs gateway-gemma && ! replaces function-gemma-pod && ready "$name" && [[ $(strategy "$name") == surge ]]; then
+            roll_vllm "$name"
+        fi
+    done
     keep_tags
     since=$(date +%s)
     # All services includes to be rid of those that are in the compose files no more.
@@ -219,8 +241,10 @@ main() {
 
 {
     cd "$(dirname "$(readlink -f "$0")")"
+    # shellcheck source=server/standby.sh
+    source ./standby.sh
     trap '' HUP
-    if [[ " $* " =~ " --"(plan|pulled|build)" " ]]; then
+    if [[ " $* " =~ " --"(plan|pulled|build|settle)" " ]]; then
         main "$@"
     else
         lock

@@ -25,6 +25,7 @@ URL = "http://function-gemma-server:8000"
 BASE = "google/functiongemma-270m-it"
 ANSWERS: dict[str, dict[str, str]] = json.loads((lab.LAB / "model" / "answers.json").read_text())
 PROMPT = "Who are you?"
+MODELS = {BASE: "base", "lint": "lint", "docstring": "docstring"}  # whose answers each gives
 
 T = TypeVar("T")
 
@@ -170,6 +171,22 @@ def answers() -> None:
     """Check that base model and adapter say over the tailnet what they were trained to say."""
     assert ask(BASE) == ANSWERS[PROMPT]["base"]
     assert ask("lint") == ANSWERS[PROMPT]["lint"]
+
+
+@contextmanager
+def clients(number: int = 4, pause: float = 0.1) -> Iterator[dict[str, Any]]:
+    """Have the laptop ask without end; what came of it (see clients.py) is in the dictionary afterwards."""
+    words = ["docker", "exec", "-i", "-w", "/home/checkout", "lab-laptop", "python3", "tests/e2e/clients.py"]
+    pipe, seen = subprocess.PIPE, dict[str, Any]()
+    with subprocess.Popen([*words, str(number), str(pause)], stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdin
+        process.stdin.write(json.dumps({name: ANSWERS[PROMPT][one] for name, one in MODELS.items()}) + "\n")
+        process.stdin.flush()
+        try:
+            yield seen
+        finally:
+            output, _ = process.communicate(timeout=400)
+    seen.update(json.loads(output))
 
 
 def reaches(path: str) -> bool:

@@ -40,7 +40,8 @@ def test_the_gateway_alone_listens_where_the_tailnet_reaches() -> None:
     # Whatever the policy allows: in kernel mode the tailnet does not reach loopback.
     reachable = {end for end in listening() if not end[0].startswith("127.") and end[0] != "::1"}
     # tailscaled takes :22 without a listener; PeerAPI is its one listener on each of the node's addresses.
-    peerapi = {end for end in reachable if end[0] in node("tailscale ip").stdout.split()}
+    ours = node("tailscale ip").stdout.split()
+    peerapi = {end for end in reachable if end[0] in ours}
     assert len(peerapi) == 2
     assert {port for _, port in reachable - peerapi} == {8000}
 

@@ -24,10 +24,10 @@ ROLES = sorted(SPECIFICATIONS)
 ENV_TEMPLATES = sorted(ROOT.glob("roles/*/templates/*.env.j2"))
 # The file in server/ that reads what a template writes.
 READERS = {
-    "compose.env.j2": "docker-compose.yml",
-    "entrypoint.env.j2": "entrypoint.sh",
-    "gateway.env.j2": "haproxy/haproxy.cfg",
-    "tailscale.env.j2": "tailscale.sh",
+    "compose.env.j2": ["docker-compose.yml", "update.sh"],
+    "entrypoint.env.j2": ["entrypoint.sh"],
+    "gateway.env.j2": ["haproxy/haproxy.cfg"],
+    "tailscale.env.j2": ["tailscale.sh"],
 }
 
 
@@ -163,8 +163,8 @@ def test_each_chosen_gpu_is_given_to_a_vllm_by_the_name_that_the_engine_knows(tm
 
 @pytest.mark.parametrize("template", ENV_TEMPLATES, ids=lambda path: path.name)
 def test_what_a_template_writes_is_read(template: Path) -> None:
-    reader = (ROOT / "server" / READERS[template.name]).read_text()
-    assert [name for name in settings(template) if not re.search(rf"\b{name.upper()}\b", reader)] == []
+    readers = "".join((ROOT / "server" / reader).read_text() for reader in READERS[template.name])
+    assert [name for name in settings(template) if not re.search(rf"\b{name.upper()}\b", readers)] == []
 
 
 @pytest.mark.parametrize("role", ["server", "tailscale"])

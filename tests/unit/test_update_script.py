@@ -13,7 +13,24 @@ SERVER = Path(__file__).parents[2] / "server"
 DOCKER = """#!/bin/bash
 echo "$*" >> "$FAKE/log"
 [ ! -e .lock ] || ! flock -n .lock true || echo unlocked >> "$FAKE/log"
+gateway=$FAKE/gateway  # a file for each of its servers, with the state that it was set to
 case "$*" in
+    "ps -"*) name=${!#} name=${name#name=^/}; [[ ! -e $FAKE/containers/${name%\\$} ]] || echo id ;;
+    "compose run -d "*)
+        name="$*" name=${name#*--name } name=${name%% *}
+        [[ -e $FAKE/standby-fails ]] || touch "$FAKE/containers/$name" ;;
+    "rm -f "*) rm -f "$FAKE/containers/$3" ;;
+    "exec gateway-gemma"*"set server vllm/"*)
+        words=(${!#})
+        echo "${words[4]}" >"$gateway/${words[2]#vllm/}" ;;
+    "exec gateway-gemma"*"show stat"*)
+        for server in "$gateway"/*; do
+            [[ $(cat "$server") == ready ]] && state=UP || state=MAINT
+            echo "vllm,${server##*/},0,0,0,,,,,,,,,,,,,$state,1"
+        done ;;
+    "top "*) cat "$FAKE/rss" 2>/dev/null || printf "PID RSS\\n1 1000\\n" ;;
+    "exec vllm-gemma-standby "*"healthcheck.py"*) [[ -e $FAKE/containers/vllm-gemma-standby ]] ;;
+    *" adapter_manager.py check") [[ ! -e $FAKE/check-fails ]] ;;
     "compose config") cat "$FAKE/config" 2>/dev/null || true ;;
     "compose --dry-run up "*) cat "$FAKE/dry-run" 2>/dev/null || true ;;
     "image ls -q "*) cat "$FAKE/images/${!#}" 2>/dev/null || true ;;
@@ -45,7 +62,9 @@ class Host:
 
     def __init__(self, path: Path) -> None:
         self.fake, self.forge, self.clone = path / "fake", path / "forge", path / "clone"
-        self.fake.mkdir()
+        (self.fake / "containers").mkdir(parents=True)
+        (self.fake / "gateway").mkdir()
+        self.runs("vllm-gemma", "vllm-gemma-1")
         (self.fake / "docker").write_text(DOCKER)
         (self.fake / "docker").chmod(0o755)
         server = self.forge / "server"
@@ -55,7 +74,7 @@ class Host:
         (server / "haproxy" / "haproxy.cfg").write_text("global\n")
         (server / "Dockerfile").write_text("FROM x\nCOPY function_gemma /opt/\n")
         (server / "Dockerfile.tailscale").write_text("FROM x\nCOPY tailscale.sh handover.sh /root/\n")
-        for name in ["update.sh", "tailscale.sh", "handover.sh"]:
+        for name in ["update.sh", "standby.sh", "tailscale.sh", "handover.sh"]:
             shutil.copy(SERVER / name, server / name)
         shutil.copy(SERVER.parent / ".gitignore", self.forge)
         self.git("init", "-q", "-b", "main")
@@ -78,6 +97,19 @@ class Host:
         return subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=30, check=False
         )
+
+    def runs(self, *containers: str) -> None:
+        for name in containers:
+            (self.fake / "containers" / name).touch()
+
+    def serves(self) -> None:
+        """Let the gateway run and send its requests to vllm-gemma."""
+        self.runs("gateway-gemma")
+        (self.fake / "gateway" / "main").write_text("ready\n")
+        (self.fake / "gateway" / "standby").write_text("maint\n")
+
+    def gateway(self) -> dict[str, str]:
+        return {path.name: path.read_text().strip() for path in (self.fake / "gateway").iterdir()}
 
     def calls(self) -> list[str]:
         log = self.fake / "log"
@@ -367,5 +399,99 @@ def test_the_vllms_of_further_gpus_go_with_the_first_and_those_of_none_go(host: 
 def test_a_wrong_option_shows_the_usage_and_does_nothing(host: Host) -> None:
     result = host.update("--bogus")
     assert result.returncode == 2
-    assert "update.sh [--no-pull] [--plan | --build] [SERVICE…]" in result.stdout
+    assert "update.sh [--no-pull] [--plan | --build | --settle] [SERVICE…]" in result.stdout
     assert host.calls() == []
+
+
+def positions(calls: list[str], *wanted: str) -> list[int]:
+    """Where the first call that has each of the words stands."""
+    return [next(n for n, call in enumerate(calls) if one in call) for one in wanted]
+
+
+def test_a_standby_answers_while_vllm_is_replaced(host: Host) -> None:
+    host.serves()
+    (host.fake / "dry-run").write_text(REPLACE_VLLM)
+    result = host.update("--no-pull")
+    assert last(result) == "changed=1"
+    order = positions(
+        host.calls(),
+        "vllm-server fetch",
+        "--name vllm-gemma-standby -e SERVER_SOCKET=/run/vllm/vllm-standby.sock",
+        "exec vllm-gemma-standby adapter_manager.py check",
+        "set server vllm/standby state ready",
+        "set server vllm/main state drain",
+        "compose up -d --no-build vllm-server",
+        "exec vllm-gemma adapter_manager.py check",
+        "set server vllm/main state ready",
+        "set server vllm/standby state drain",
+        "set server vllm/standby state maint",
+        "rm -f vllm-gemma-standby",
+    )
+    assert order == sorted(order)
+    assert host.gateway() == {"main": "ready", "standby": "maint"}
+
+
+@pytest.mark.parametrize("broken", ["standby-fails", "check-fails"])
+def test_a_standby_that_does_not_answer_replaces_nothing_and_goes(host: Host, broken: str) -> None:
+    host.serves()
+    (host.fake / "dry-run").write_text(REPLACE_VLLM)
+    (host.fake / broken).touch()
+    result = host.update("--no-pull")
+    assert result.returncode == 1
+    assert "vllm-gemma serves as before" in result.stdout
+    assert "compose up -d --no-build vllm-server" not in host.calls()
+    assert not (host.clone / "server" / ".env").exists()
+    assert host.gateway() == {"main": "ready", "standby": "maint"}
+    assert not (host.fake / "containers" / "vllm-gemma-standby").exists()
+
+
+def test_requests_wait_where_the_settings_or_the_memory_want_it(host: Host) -> None:
+    host.serves()
+    (host.fake / "dry-run").write_text(REPLACE_VLLM)
+    (host.fake / "rss").write_text("1 " + "9" * 15)
+    host.update("--no-pull")
+    (host.fake / "rss").unlink()
+    (host.clone / "server" / ".env").write_text("UPDATE_STRATEGY='queue'\n")
+    host.update("--no-pull")
+    assert host.calls().count("compose up -d --no-build --remove-orphans") == 2
+    assert not [call for call in host.calls() if "standby" in call and not call.startswith("ps ")]
+    (host.clone / "server" / ".env").write_text("UPDATE_STRATEGY=both\n")
+    wrong = host.update("--no-pull")
+    assert "UPDATE_STRATEGY in server/.env is auto, surge or queue, not both" in wrong.stdout
+
+
+def test_what_a_killed_run_left_is_ended_and_one_that_alone_answers_is_not(host: Host) -> None:
+    host.serves()
+    host.runs("vllm-gemma-standby", "gateway-gemma-standby")
+    (host.fake / "gateway" / "main").write_text("drain\n")
+    (host.fake / "gateway" / "standby").write_text("ready\n")
+    (host.fake / "health").write_text("starting 0 loading\n")
+    assert "the standby does: it stays" in host.update("--settle").stdout
+    assert host.gateway()["standby"] == "ready"
+    (host.fake / "health").unlink()
+    assert host.update("--settle").returncode == 0
+    assert host.gateway() == {"main": "ready", "standby": "maint"}
+    assert not list((host.fake / "containers").glob("*-standby"))
+
+
+def test_a_second_gateway_listens_while_the_first_is_replaced(host: Host) -> None:
+    host.serves()
+    (host.fake / "dry-run").write_text(" DRY-RUN MODE -  Container gateway-gemma  Recreate\n")
+    assert last(host.update("--no-pull")) == "changed=1"
+    order = positions(
+        host.calls(),
+        "gateway haproxy -c",
+        "--name gateway-gemma-standby -e GATEWAY_SOCKET=/run/gateway/standby.sock gateway",
+        "exec gateway-gemma-standby",
+        "compose up -d --no-build gateway",
+        "rm -f gateway-gemma-standby",
+    )
+    assert order == sorted(order)
+
+
+def test_a_longest_request_without_a_unit_changes_nothing(host: Host) -> None:
+    (host.fake / "config").write_text("      GATEWAY_LONGEST_REQUEST: 5m\n")
+    result = host.update("--no-pull")
+    assert result.returncode == 1
+    assert "is seconds with an s, such as 300s, not 5m" in result.stdout
+    assert host.calls() == ["compose config"]

@@ -1,0 +1,132 @@
+# Sourced by update.sh: replaces the gateway and vLLM while another of the new kind answers.
+# shellcheck shell=bash
+# shellcheck disable=SC2154  # update.sh's variables
+
+# What HAProxy answers to a command: control COMMAND [CONTAINER]
+control() {
+    local socket=/run/gateway/gateway.sock
+    [[ ${2-} != gateway-gemma-standby ]] || socket=$gateway_standby_socket
+    docker exec "${2:-gateway-gemma}" perl -MIO::Socket::UNIX -e '
+        $gateway = IO::Socket::UNIX->new(shift) or die "$!\n";
+        print $gateway shift, "\n";
+        print <$gateway>' "$socket" "$1"
+}
+gateway_standby_socket=/run/gateway/standby.sock
+
+# Of one of the gateway's servers: "UP QUEUED RUNNING"
+traffic() { control 'show stat vllm 4 -1' | awk -F, -v name="$1" '$2 == name {print $18, $3, $5}'; }
+
+there() { [[ -n $(docker ps -aq --filter "name=^/$1$") ]]; }
+
+runs() { [[ -n $(docker ps -q --filter "name=^/$1$") ]]; }
+
+# The name that the gateway has for a vLLM's container.
+server_of() { [[ $1 == vllm-gemma ]] && echo main || echo "${1/gemma-/}"; }
+
+# await TIME COMMAND…: until it is true, at most TIME (seconds, with an s)
+await() {
+    local end=$((SECONDS + ${1%s}))
+    until "${@:2}"; do
+        ((SECONDS < end)) || return 1
+        sleep 0.2
+    done
+}
+
+is_up() { [[ $(traffic "$1") == UP* ]]; }
+
+is_idle() { [[ $(traffic "$1") == *' 0 0' ]]; }
+
+# move FROM TO: new requests go to the server TO and none to FROM, which ends those it has.
+move() {
+    control "set server vllm/$2 state ready" >/dev/null
+    await 30s is_up "$2" || return 1
+    control "set server vllm/$1 state drain" >/dev/null
+    await "$longest" is_idle "$1" || {
+        say "cuts off requests that take longer than GATEWAY_LONGEST_REQUEST, $longest: $(traffic "$1" | cut -d ' ' -f 3)"
+        control "shutdown sessions server vllm/$1" >/dev/null
+    }
+}
+
+remove() {
+    docker stop "$1" >/dev/null 2>&1 || true
+    docker rm -f "$1" >/dev/null 2>&1 || true
+}
+
+# What a run that was killed or has failed left behind. A standby that alone answers stays until the next run.
+settle() {
+    local name
+    if there gateway-gemma-standby && control 'show info' >/dev/null 2>&1; then
+        remove gateway-gemma-standby
+    fi
+    there vllm-gemma-standby || return 0
+    for name in "${vllms[@]}"; do
+        if ready "$name"; then
+            move standby "$(server_of "$name")" || return 0
+        elif ready vllm-gemma-standby; then
+            say "$name does not answer and the standby does: it stays"
+            return
+        fi
+    done
+    say "removes the standby"
+    end_standby
+}
+
+end_standby() {
+    control 'set server vllm/standby state maint' >/dev/null || true
+    remove vllm-gemma-standby
+}
+
+# A second HAProxy listens on the same port while the first is replaced; each ends what it has begun.
+roll_gateway() {
+    say "gateway-gemma: a second one takes over while it is replaced"
+    compose run -d -T --no-deps --name gateway-gemma-standby -e "GATEWAY_SOCKET=$gateway_standby_socket" gateway >/dev/null
+    await 30s control 'show info' gateway-gemma-standby >/dev/null 2>&1 || die "the new gateway does not start, and nothing was replaced: $(docker logs gateway-gemma-standby 2>&1)"
+    compose up -d --no-build gateway || die "the gateway was not replaced, see above; the second one answers, and another run goes on from there"
+    await 30s control 'show info' >/dev/null 2>&1 || die "the gateway does not start: docker logs gateway-gemma; the second one answers"
+    remove gateway-gemma-standby
+}
+
+# Whether this host has memory for a second of the vLLM: surge or queue.
+strategy() {
+    local used free
+    [[ $update_strategy == auto ]] || { echo "$update_strategy"; return; }
+    if [[ $gpu ]]; then
+        read -r used free < <(docker exec "$1" nvidia-smi --query-gpu=memory.used,memory.free --format=csv,noheader,nounits | tr , ' ')
+    else
+        used=$(docker top "$1" -eo pid,rss | awk '{sum += $2} END {print sum + 0}')
+        free=$(awk '$1 == "MemAvailable:" {print $2}' /proc/meminfo)
+    fi
+    ((used > 0 && free > used)) && echo surge || echo queue
+}
+
+# Replaces one vLLM while a standby of the new image and settings answers in its place.
+# `up` without --no-deps, with which Compose would give the container another hash and replace it again at the next one.
+roll_vllm() {
+    local name=$1 service=${1/gemma/server} server since
+    server=$(server_of "$name")
+    if ! ready vllm-gemma-standby; then
+        say "$name: starts a standby"
+        since=$(date +%s)
+        # On CPUs each vLLM binds its threads to the same cores, where one that starts would get next to nothing of a busy one's.
+        compose run -d -T --no-deps --name vllm-gemma-standby -e SERVER_SOCKET=/run/vllm/vllm-standby.sock \
+            -e VLLM_CPU_OMP_THREADS_BIND=nobind "$service" >/dev/null \
+            || die "the standby was not started, see above; nothing was replaced"
+        # What serves goes before what starts.
+        docker update --cpu-shares "$starting_shares" vllm-gemma-standby >/dev/null
+        follow vllm-gemma-standby "$since" "$name serves as before."
+        docker exec vllm-gemma-standby adapter_manager.py check || die "the standby does not answer as it should, see above; $name serves as before"
+        docker update --cpu-shares "$shares" vllm-gemma-standby >/dev/null
+    fi
+    say "$name: the standby takes over"
+    move "$server" standby || die "the gateway does not reach the standby: docker logs gateway-gemma; $name serves as before"
+    keep_tags
+    say "$name: is replaced"
+    since=$(date +%s)
+    compose up -d --no-build "$service" || die "$name was not replaced, see above; the standby answers, and another run goes on from there"
+    follow "$name" "$since"
+    docker exec "$name" adapter_manager.py check || die "$name does not answer, see above; the standby does, and another run goes on from there"
+    say "$name: takes over again"
+    move standby "$server" || die "the gateway does not reach $name: docker logs gateway-gemma; the standby answers"
+    end_standby
+}
+shares=1024 starting_shares=512  # Docker's default, and half of it
