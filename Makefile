@@ -38,10 +38,11 @@ matrix: lab ## what make test is too short for: both Debians, both sources of Do
 shell: lab ## a shell on the laptop, which is on the tailnet
 	@docker exec -it lab-laptop bash
 
-bench: lab ## how long a bare host takes, the commands on a lab that is up, and replacing adapters, as tables in docs/
+bench: lab ## how long a bare host takes, the commands on a lab that is up, replacing adapters, and updates, as tables in docs/
 	@PYTHONPATH=tests:tests/lab $(BIN)/python tests/benchmarks/deployment.py
 	@PYTHONPATH=tests $(BIN)/python tests/benchmarks/commands.py
 	@PYTHONPATH=server:tests:tests/lab:tests/e2e:roles/lora/filter_plugins $(BIN)/python tests/benchmarks/adapters.py
+	@PYTHONPATH=tests:tests/lab:tests/e2e $(BIN)/python tests/benchmarks/updates.py
 
 bench-cold: controller ## the same from nothing, in fresh clones: half an hour
 	@PYTHONPATH=tests python3 tests/benchmarks/commands.py --cold

@@ -44,7 +44,7 @@ def nothing_failed(seen: dict[str, Any]) -> bool:
     return bool(seen["requests"])
 
 
-def test_an_update_of_vllm_and_the_gateway_fails_no_request() -> None:
+def test_an_update_fails_no_request_be_it_that_a_standby_answers_or_that_requests_wait() -> None:
     before = containers()
     new_setting("--seed 1")
     server("touch gateway.env && echo GATEWAY_MAX_BODY=4000000 >>gateway.env")
@@ -56,11 +56,19 @@ def test_an_update_of_vllm_and_the_gateway_fails_no_request() -> None:
     assert "vllm-gemma: takes over again" in update.stdout
     assert replaced(before) == {"vllm-gemma", "gateway-gemma"}
 
+    before = containers()
+    server("tar -xf /run/e2e.tar && echo UPDATE_STRATEGY=queue >>.env")
+    with clients() as seen:
+        update = server(UPDATE, seconds=400)
+    assert nothing_failed(seen)
+    assert "standby takes over" not in update.stdout
+    assert replaced(before) == {"vllm-gemma", "gateway-gemma"}
+
 
 def test_a_setting_that_does_not_work_leaves_the_old_release_serving_and_says_why() -> None:
     before = containers()
     new_setting("--no-such-argument")
-    with clients(2) as seen:
+    with clients() as seen:
         update = server(UPDATE, ok=False, seconds=400)
     assert "unrecognized arguments: --no-such-argument" in update.words
     assert "vllm-gemma serves as before" in update.words
@@ -72,7 +80,7 @@ def test_a_setting_that_does_not_work_leaves_the_old_release_serving_and_says_wh
 def test_a_killed_update_is_ended_by_the_healer_and_fails_no_request(tmp_path: Path) -> None:
     new_setting("--seed 2")
     before = containers()
-    with clients(2) as seen:
+    with clients() as seen:
         with started(ssh(f"cd {CHECKOUT}/server && {UPDATE}"), tmp_path / "update"):
             until("the standby starts", lambda: host(STANDBYS).stdout)
             host(f"pkill -{signal.SIGKILL.value} -f '^/bin/bash ./update[.]sh'")
