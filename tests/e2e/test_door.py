@@ -9,7 +9,11 @@ import pytest
 
 from stack import CHECKOUT, ROOT, call, headscale, host, laptop, until
 
+# HEAD is GET without the body.
 LISTED = {
+    ("HEAD", "/health"),
+    ("HEAD", "/metrics"),
+    ("HEAD", "/v1/models"),
     ("GET", "/health"),
     ("GET", "/metrics"),
     ("GET", "/v1/models"),
