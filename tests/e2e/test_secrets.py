@@ -124,5 +124,6 @@ def test_a_run_that_places_the_secrets_shows_them_to_nobody() -> None:
     controller, inference = ("".join(one) for one in seen)
     assert "site.yml" in controller
     assert "update.sh" in inference
+    assert found(PLACES["the journal"]) == set()
     texts = {"-vvv": run.stdout + run.stderr, "controller": controller, "host": inference}
     assert [where for where, text in texts.items() if any(part in text for part in PARTS)] == []
