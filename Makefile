@@ -33,7 +33,10 @@ molecule: lab ## the roles that every host needs, on a bare Debian 13 each; make
 	MOLECULE_GLOB='tests/molecule/*/molecule.yml' $(BIN)/molecule test -s checkout -s docker -s preflight
 
 matrix: lab ## what make test is too short for: both Debians, both sources of Docker, GPUs (ROWS=nvidia: those alone); a table in docs/
-	@PYTHONPATH=tests/lab $(BIN)/python tests/matrix.py $(ROWS)
+	@PYTHONPATH=tests/lab $(BIN)/python tests/matrix.py $(if $(ROWS),'$(ROWS)')
+
+faults: lab ## break one part after another of the stack on the lab's host; how long it was away, as a table in docs/ (ROWS=killed: those alone)
+	@PYTHONPATH=tests/lab:tests/e2e:tests $(BIN)/python tests/faults.py $(if $(ROWS),'$(ROWS)')
 
 shell: lab ## a shell on the laptop, which is on the tailnet
 	@docker exec -it lab-laptop bash

@@ -59,7 +59,7 @@ def say(line: str) -> None:
 
 def p99(times: list[list[float]], start: float, end: float) -> float:
     """Milliseconds that 99 of 100 requests which began between two moments took at most."""
-    took = sorted(seconds for began, seconds in times if start <= began < end)
+    took = sorted(seconds for began, seconds, _ in times if start <= began < end)
     return 1000 * took[int(0.99 * len(took))]
 
 

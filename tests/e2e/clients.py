@@ -3,7 +3,7 @@
 The first line of standard input is a JSON object: for each model what it answers to PROMPT. Each client asks,
 every other time for a stream, and pauses for PAUSE seconds, until standard input ends. The result is one JSON
 object: requests, a count of each kind of failure, of each maker named by x-served-by, and each
-request's [start, seconds].
+request's [start, seconds, whether it was answered rightly].
 """
 
 import json
@@ -44,22 +44,24 @@ def main() -> None:
     """Ask until told to end."""
     clients, pause = int(sys.argv[1]), float(sys.argv[2])
     answers: dict[str, str] = json.loads(sys.stdin.readline())
-    failures, makers, times = Counter[str](), Counter[str](), list[tuple[float, float]]()
+    failures, makers, times = Counter[str](), Counter[str](), list[tuple[float, float, bool]]()
     end = threading.Event()
 
     def client(number: int) -> None:
         models = list(answers)
         for turn in count(number):
             model, start = models[turn % len(models)], time.time()
+            right = False
             try:
                 answer, maker = ask(model, stream=turn // len(models) % 2 == 0)
             except (OSError, HTTPException, ValueError) as error:
                 failures[f"{type(error).__name__}: {error}"] += 1
             else:
                 makers[maker] += 1
-                if answer != answers[model]:
+                right = answer == answers[model]
+                if not right:
                     failures[f"{model} answered: {answer}"] += 1
-            times.append((start, time.time() - start))
+            times.append((start, time.time() - start, right))
             if end.wait(pause):
                 return
 

@@ -1,0 +1,172 @@
+"""Breaks the lab's stack in one way after another, and writes how long it was away in docs/faults.md.
+
+    faults.py            every fault
+    faults.py PATTERN    those whose names it is found in; the others keep their last result
+
+The stack has been deployed on the lab's host by site.yml. Each fault ends with the stack as it was before, or
+with a row that says what stayed broken.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from common import LOGS, ROOT
+from report import Table, machine
+from stack import answers, call, clients, host, reaches, until
+from steps import Step, run, say
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+    from typing import TextIO
+
+PAGE = ROOT / "docs" / "faults.md"
+SLOW = 2.0  # seconds from which on a request was held up by the fault
+SETTLED = 3.0  # seconds in which every request was answered at once: the service is back
+LONGEST = 300  # seconds until a fault that does not heal is given up
+POD, SIDECAR, GATEWAY = "function-gemma-pod", "tailscale-vllm", "gateway-gemma"
+VLLM, AGENTS = "vllm-gemma", "agents-gemma"
+
+TOP = """# Faults
+
+Written by `make faults`: what happens to callers on the tailnet when a part breaks, and what mends it, on
+{machine}.
+Two clients ask the base model and two adapters by turns, and nobody helps. *Away* is the time from the fault
+until the last request that failed or took more than {slow:.0f} s had ended. *Failed* are those with an error
+or a wrong answer, streams cut off included; those that the gateway let wait and then answered are not.
+
+| fault | mended by | away, s | failed of all | when |
+|---|---|---:|---:|---|"""
+BOTTOM = """
+## What is not run
+
+A full disk, memory that runs out, files half written at a power loss, a vLLM that hangs or answers nonsense.
+"""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A way to break the stack: a shell command on the host, or a function."""
+
+    name: str
+    mended: str
+    command: str | Callable[[], object]
+
+    @property
+    def head(self) -> str:
+        """Its first cells, by which the table knows it."""
+        return f"| {self.name} | {self.mended} |"
+
+
+def killed(name: str) -> str:
+    """End a container's first process, as a crash does."""
+    return f"kill -9 $(docker inspect -f '{{{{.State.Pid}}}}' {name})"
+
+
+def control_plane() -> None:
+    """Take the control plane away for a minute."""
+    call("docker", "stop", "lab-headscale")
+    time.sleep(60)  # the fault itself: how long it is away
+    call("docker", "start", "lab-headscale")
+
+
+def reboot() -> None:
+    """Restart the host."""
+    call("docker", "restart", "-t", "60", "lab-host")
+
+
+def plan() -> list[Fault]:
+    """All faults, those that take longest last."""
+    names = (GATEWAY, AGENTS, SIDECAR, VLLM, POD)
+    policy = "Docker's restart policy"
+    return [
+        *(Fault(f"{name} killed", "the healer" if name == POD else policy, killed(name)) for name in names),
+        *(Fault(f"{name} removed", "the healer", f"docker rm -f {name}") for name in names),
+        Fault("systemd reloads its units", "nothing to mend", "systemctl daemon-reload"),
+        Fault("engine restarted", "live-restore", "systemctl restart docker"),
+        Fault("engine killed", "systemd, live-restore", "kill -9 $(pidof dockerd)"),
+        Fault("control plane away for a minute", "nothing to mend", control_plane),
+        Fault("host restarted", "restart policy and healer", reboot),
+    ]
+
+
+def measure(fault: Fault) -> tuple[float, int, int]:
+    """Break the stack; return the seconds that it was away, and how many requests failed of how many."""
+    with clients(2, 0.1) as seen:
+        until("the clients are answered", lambda: reaches("/v1/models"))
+        start = time.time()
+        if isinstance(fault.command, str):
+            host(fault.command)
+        else:
+            fault.command()
+        settled = 0.0
+
+        def back() -> bool:
+            nonlocal settled
+            answered = reaches("/v1/models") and all_run()
+            settled = (settled or time.time()) if answered else 0.0
+            return bool(settled) and time.time() - settled > SETTLED
+
+        until("the stack is whole again", back, LONGEST)
+    held = [
+        began + seconds - start
+        for began, seconds, right in seen["times"]
+        if began + seconds > start and (not right or seconds > SLOW)
+    ]
+    return max(held, default=0.0), sum(seen["failures"].values()), seen["requests"]
+
+
+def all_run() -> bool:
+    """Whether every container with a health check passes it."""
+    listed = "docker ps --format '{{.Names}} {{.Status}}' --filter name=gemma --filter name=tailscale-vllm"
+    done = host(listed, ok=None)
+    lines = done.stdout.splitlines()
+    healthy = {line.split()[0] for line in lines if line.endswith("(healthy)")}
+    return {GATEWAY, AGENTS, SIDECAR, VLLM} <= healthy and any(line.startswith(POD) for line in lines)
+
+
+def run_faults(faults: Sequence[Fault], table: Table, logs: Path) -> list[str]:
+    """Measure each fault, also after one that was not mended; return the names of those."""
+    failed: list[str] = []
+
+    def work(fault: Fault) -> Callable[[TextIO], str]:
+        def step(_log: TextIO) -> str:
+            today = f"{datetime.now(UTC):%F}"
+            try:
+                away, lost, requests = measure(fault)
+                answers()
+            except AssertionError as error:
+                failed.append(fault.name)
+                table.note(fault.head, f"**{str(error).splitlines()[0]}**", "", today)
+                return f"failed: {error}"
+            table.note(fault.head, f"{away:.1f}", f"{lost} of {requests}", today)
+            return f"away {away:.1f} s, {lost} of {requests} requests failed"
+
+        return step
+
+    steps: list[Step] = []
+    for fault in faults:
+        steps.append(Step(fault.name, work(fault), [steps[-1].name] if steps else []))
+    run(steps, logs, workers=1)
+    return failed
+
+
+def main(pattern: str = "") -> int:
+    """Measure the faults whose names the pattern is found in and write the page; the status to exit with."""
+    faults = plan()
+    chosen = [fault for fault in faults if re.search(pattern, fault.name)]
+    table = Table(PAGE, [fault.head for fault in faults], TOP.format(machine=machine(), slow=SLOW), BOTTOM)
+    answers()
+    failed = run_faults(chosen, table, LOGS)
+    say(f"{len(chosen)} faults, {', '.join(failed) or 'none'} not mended; the table is {PAGE}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
