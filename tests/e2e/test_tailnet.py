@@ -29,10 +29,11 @@ def test_a_tag_owns_the_node_and_no_person() -> None:
     assert "KeyExpiry" not in peer
 
 
-def listening() -> set[tuple[str, int]]:
-    """Address and port of every TCP socket that listens in the pod's network namespace."""
+def listening(program: str = "") -> set[tuple[str, int]]:
+    """Address and port of every TCP socket that listens in the pod's network namespace, or of a program's."""
     pod = host("docker inspect -f '{{.State.Pid}}' function-gemma-pod").last
-    ends = [line.split()[3] for line in host(f"nsenter -n -t {pod} ss -Hltn").stdout.splitlines()]
+    lines = host(f"nsenter -n -t {pod} ss -Hltnp").stdout.splitlines()
+    ends = [line.split()[3] for line in lines if program in line]
     return {(where.strip("[]"), int(port)) for where, _, port in (end.rpartition(":") for end in ends)}
 
 
@@ -60,5 +61,6 @@ ports = {sorted({22, *OTHERS, *(port for _, port in ends)})}
 with concurrent.futures.ThreadPoolExecutor(len(ports)) as pool:
     print(*(port for port, open in zip(ports, pool.map(answers, ports)) if open))
 """
-    peerapi = {port for where, port in ends if where == us}
+    # In userspace mode it listens on every address.
+    peerapi = {port for where, port in listening("tailscaled") if where in {us, "0.0.0.0", "*"}}  # noqa: S104
     assert set(map(int, laptop("python3 -", stdin=program).last.split())) == {22, 8000} | peerapi

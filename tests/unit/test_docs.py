@@ -21,6 +21,7 @@ PAGES = [
     "roles/README.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
+    "docs/threat-model.md",
 ]
 EXTENSIONS = r"\.(?:cfg|conf|env|hujson|json|md|py|safetensors|sh|toml|txt|ya?ml)"
 # Whose hosts only a machine's own configuration may name. In pieces, or this file would name them.

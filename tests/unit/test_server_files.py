@@ -43,6 +43,11 @@ def test_a_service_is_confined_and_comes_back(name: str) -> None:
     assert "privileged" not in service
 
 
+@pytest.mark.parametrize("name", SERVICES.keys() - {"vllm-server"})
+def test_all_but_vllm_have_a_limit_of_processes_and_memory(name: str) -> None:
+    assert SERVICES[name].keys() >= {"pids_limit", "mem_limit"}
+
+
 @pytest.mark.parametrize("name", SERVICES.keys() - {"pod"})
 def test_a_service_has_a_health_check(name: str) -> None:
     assert SERVICES[name]["healthcheck"]["test"][0] == "CMD"
@@ -163,8 +168,9 @@ def test_no_caller_names_a_path_of_the_plugin_himself() -> None:
 
 
 def test_the_gateways_own_errors_are_in_openais_form() -> None:
-    errors = dict(re.findall(r"http-error status (\d+) content-type application/json string '(.*)'", GATEWAY))
-    assert {"400", "404", "408", "413", "500", "502", "503", "504"} <= errors.keys()
+    said = r"(?:http-error|return) status (\d+) content-type application/json string '(.*?)'"
+    errors = dict(re.findall(said, GATEWAY))
+    assert errors.keys() == set("400 403 404 408 411 413 429 431 500 502 503 504".split())
     for status, body in errors.items():
         error = json.loads(body)["error"]
         assert error.keys() == {"message", "type", "param", "code"}
