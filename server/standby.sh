@@ -116,7 +116,8 @@ start_standby() {
     compose run -d -T --no-deps --name vllm-gemma-standby -e SERVER_SOCKET=/run/vllm/vllm-standby.sock \
         -e VLLM_CPU_OMP_THREADS_BIND=nobind "${name/gemma/server}" >/dev/null \
         || die "the standby was not started, see above; nothing was replaced"
-    docker update --cpu-shares 512 vllm-gemma-standby >/dev/null  # half: what serves goes before what starts
+    # Half a share, for what serves goes before what starts; and one that crashes has failed.
+    docker update --cpu-shares 512 --restart no vllm-gemma-standby >/dev/null
     follow vllm-gemma-standby "$since" "$name serves as before."
     docker exec vllm-gemma-standby adapter_manager.py check || die "the standby does not answer as it should, see above; $name serves as before"
     docker update --cpu-shares 1024 vllm-gemma-standby >/dev/null

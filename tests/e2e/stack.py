@@ -174,7 +174,7 @@ def answers() -> None:
 
 
 @contextmanager
-def clients(number: int = 3, pause: float = 0.5) -> Iterator[dict[str, Any]]:
+def clients(number: int = 2, pause: float = 0.5) -> Iterator[dict[str, Any]]:
     """Have the laptop ask without end; what came of it (see clients.py) is in the dictionary afterwards."""
     words = ["docker", "exec", "-i", "-w", "/home/checkout", "lab-laptop", "python3", "tests/e2e/clients.py"]
     pipe, seen = subprocess.PIPE, dict[str, Any]()

@@ -1,13 +1,10 @@
 """An update fails nobody's request, and one that does not work changes nothing."""
 
-import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from stack import (
-    CHECKOUT,
     answers,
     clients,
     containers,
@@ -15,9 +12,6 @@ from stack import (
     nothing_failed,
     replaced,
     server,
-    ssh,
-    started,
-    until,
 )
 
 UPDATE = "./update.sh --no-pull"
@@ -62,17 +56,3 @@ def test_a_setting_that_does_not_work_leaves_the_old_release_serving_and_says_wh
     assert nothing_failed(seen)
     assert not replaced(before)
     assert host(STANDBYS).stdout == ""
-
-
-def test_a_killed_update_is_ended_by_the_healer_and_fails_no_request(tmp_path: Path) -> None:
-    new_setting("--seed 2")
-    before = containers()
-    with clients() as seen:
-        with started(ssh(f"cd {CHECKOUT}/server && {UPDATE}"), tmp_path / "update"):
-            until("the standby starts", lambda: host(STANDBYS).stdout)
-            host(f"pkill -{signal.SIGKILL.value} -f '^/bin/bash ./update[.]sh'")
-        until("no run holds the lock", lambda: server("flock -n .lock true", ok=None).code == 0)
-        host("systemctl start function-gemma-heal.service", seconds=300)
-    assert nothing_failed(seen)
-    assert host(STANDBYS).stdout == ""
-    assert not replaced(before)
