@@ -30,6 +30,11 @@ inspect() {
 
 idle=$(inspect "${all[@]}" | awk '$1 == "function-gemma-pod" {pod = 1} $2 == "exited" || $2 == "created" || $2 == "dead" {printf " %s", $1}
                                   END {if (!pod) printf " function-gemma-pod"}')
+# Removed ones too, once update.sh has brought all of them up.
+if grep -qs ^FUNCTION_GEMMA_TAG= .env; then
+    idle+=$(comm -23 <(docker compose config --services | sort) \
+        <(docker inspect -f '{{index .Config.Labels "com.docker.compose.service"}}' "${all[@]}" | sort) | sed 's/^/ /' | tr -d '\n')
+fi
 if [[ -n $idle ]]; then
     say "not running:$idle"
     docker compose up -d --no-build --no-recreate </dev/null

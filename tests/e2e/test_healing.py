@@ -12,6 +12,13 @@ def test_the_tailnet_answers_again_after_a_restart_of_the_pod_and_a_run_of_the_h
     answers()
 
 
+def test_a_container_that_was_removed_comes_back_by_a_run_of_the_healer() -> None:
+    host("docker rm -f gateway-gemma agents-gemma")
+    host(f"systemctl start {HEALER}", seconds=300)
+    until("the laptop reaches the gateway again", lambda: reaches("/agents/"))
+    answers()
+
+
 def test_the_healer_is_silent_where_all_is_well() -> None:
     before, since = containers(), host("date '+%F %T'").last
     host(f"systemctl start {HEALER}")
