@@ -91,7 +91,9 @@ def plan() -> list[Fault]:
         Fault("systemd reloads its units", "nothing to mend", "systemctl daemon-reload"),
         Fault("engine restarted", "live-restore", "systemctl restart docker"),
         Fault("engine killed", "systemd, live-restore", "kill -9 $(pidof dockerd)"),
-        Fault("control plane away for a minute", "nothing to mend", control_plane),
+        Fault(
+            "control plane and its relay away for a minute", "tailscaled, once they are back", control_plane
+        ),
         Fault("host restarted", "restart policy and healer", reboot),
     ]
 
