@@ -6,24 +6,23 @@ tests/unit/test_admission.py has those that are wrong only where they lie, on di
 import io
 import json
 import re
+import shlex
+import subprocess
 import tarfile
 from pathlib import Path
 
 from adapter_cases import CASES, Attempt
 from adapter_files import make_base, make_config, make_tensors, pack, write
-from stack import answers, call, containers, host, replaced
+from stack import answers, containers, host, replaced, ssh
 
-MANAGER = ["docker", "exec", "-i", "vllm-gemma", "adapter_manager.py", "load"]
-FOLDER = "/var/tmp/bad-input"  # noqa: S108 - of a host that is the tests' own
-# Runs on the host: sends each tar in turn and tells how the manager ended.
-SEND = f"""
-import json, pathlib, subprocess
-folder = pathlib.Path("{FOLDER}")
-for number, name in enumerate(json.loads((folder / "names.json").read_text())):
-    words = [*{MANAGER}, name, "-"]
-    with (folder / f"{{number}}.tar").open("rb") as tar:
-        done = subprocess.run(words, stdin=tar, capture_output=True, text=True, timeout=60)
-    print(json.dumps([done.returncode, done.stderr]), flush=True)
+# Runs beside the server, for all of them at once: sends each tar of a tar to the manager in turn and tells how that ended.
+SEND = """
+import json, subprocess, sys, tarfile
+with tarfile.open(fileobj=sys.stdin.buffer, mode="r|") as attempts:
+    for attempt in attempts:
+        manager = ["adapter_manager.py", "load", attempt.pax_headers["name"], "-"]
+        done = subprocess.run(manager, input=attempts.extractfile(attempt).read(), capture_output=True, timeout=60)
+        print(json.dumps([done.returncode, done.stderr.decode()]), flush=True)
 """
 # What a tar cannot carry to the server, or what is wrong only on disk.
 ON_DISK = re.compile("while it is read|no permission|socket|5 GiB")
@@ -47,16 +46,14 @@ def next_id() -> str:
 
 def send(tars: list[tuple[str, bytes]], area: Path) -> list[tuple[int, str]]:
     """Send each tar under its name; return the exit code and what was said of each."""
-    folder = area / Path(FOLDER).name
-    folder.mkdir()
-    (folder / "names.json").write_text(json.dumps([name for name, _ in tars]))
-    for number, (_, content) in enumerate(tars):
-        (folder / f"{number}.tar").write_bytes(content)
-    call("docker", "cp", folder, f"lab-host:{Path(FOLDER).parent}")
-    try:
-        run = host("python3 -", stdin=SEND, seconds=600)
-    finally:
-        host(f"rm -r {FOLDER}")
+    with tarfile.open(area / "attempts.tar", "w", format=tarfile.PAX_FORMAT) as attempts:
+        for number, (name, content) in enumerate(tars):
+            attempt = tarfile.TarInfo(str(number))
+            attempt.size, attempt.pax_headers = len(content), {"name": name}
+            attempts.addfile(attempt, io.BytesIO(content))
+    with (area / "attempts.tar").open("rb") as file:
+        inside = f"docker exec -i vllm-gemma python3 -c {shlex.quote(SEND)}"
+        run = subprocess.run(ssh(inside), stdin=file, capture_output=True, text=True, timeout=600, check=True)
     return [(code, said) for code, said in map(json.loads, run.stdout.splitlines())]
 
 
