@@ -15,13 +15,14 @@ from adapter_cases import CASES, Attempt
 from adapter_files import make_base, make_config, make_tensors, pack, write
 from stack import answers, containers, host, replaced, ssh
 
-# Runs beside the server, for all of them at once: sends each tar of a tar to the manager in turn and tells how that ended.
+# Runs beside the server, once for all: sends each tar of a tar to the manager and tells how that ended.
 SEND = """
 import json, subprocess, sys, tarfile
 with tarfile.open(fileobj=sys.stdin.buffer, mode="r|") as attempts:
     for attempt in attempts:
         manager = ["adapter_manager.py", "load", attempt.pax_headers["name"], "-"]
-        done = subprocess.run(manager, input=attempts.extractfile(attempt).read(), capture_output=True, timeout=60)
+        content = attempts.extractfile(attempt).read()
+        done = subprocess.run(manager, input=content, capture_output=True, timeout=60)
         print(json.dumps([done.returncode, done.stderr.decode()]), flush=True)
 """
 # What a tar cannot carry to the server, or what is wrong only on disk.
