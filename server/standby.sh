@@ -123,6 +123,14 @@ start_standby() {
     docker update --cpu-shares 1024 vllm-gemma-standby >/dev/null
 }
 
+# Where no standby answers, what served last has to.
+bring_back() {
+    if [[ $1 == queue ]] && differs; then
+        (go_back "$(serving)") || true
+    fi
+    exit 1
+}
+
 # Replaces one vLLM while a standby answers in its place, or while requests wait at the gateway.
 roll_vllm() {
     local name=$1 how=$2 server since
@@ -141,8 +149,10 @@ roll_vllm() {
     since=$(date +%s)
     # Without --no-deps, with which Compose would give the container another hash and replace it again at the next `up`.
     compose up -d --no-build "${name/gemma/server}" || die "$name was not replaced, see above; another run goes on from there"
-    follow "$name" "$since"
-    docker exec "$name" adapter_manager.py check || die "$name does not answer as it should, see above; another run goes on from there"
+    (
+        follow "$name" "$since"
+        docker exec "$name" adapter_manager.py check || die "$name does not answer as it should, see above; another run goes on from there"
+    ) || bring_back "$how"
     admit "$server" || die "the gateway does not reach $name: docker logs gateway-gemma"
     say "$name: serves"
     ! there vllm-gemma-standby || end_standby

@@ -1,10 +1,15 @@
 #!/bin/bash
 # Brings this host to what the checkout and the settings say, and proves it by a reply.
 #   update.sh [--no-pull] [--plan | --build | --settle] [SERVICE…]
+#   update.sh [--plan] --to NUMBER | former
+#   update.sh --releases
 # --no-pull  take the checkout as it is
 # --plan     say what would be pulled, built and replaced, and change nothing
 # --build    only build, beside another run: site.yml does while the node joins the tailnet
 # --settle   only end what a run that was killed left beside the servers; heal.sh asks for it
+# --to       go back to a release on record, its code, settings and images; `former`: what served before, or what serves after
+#            an update that failed. Adapters stay as they are: adapter_manager.py has a rollback of its own
+# --releases show what is on record: the last UPDATE_RELEASES_KEPT (.env; 3) that served
 # SERVICE    only these (default: all); pod and tailscale are replaced only where they differ, as all are
 # What serves is replaced while another of the new kind answers in its place; see standby.sh. UPDATE_STRATEGY in .env: `surge` does
 # that with vLLM too, `queue` lets requests wait at the gateway instead, `auto` (the default) is surge where memory suffices for two.
@@ -15,7 +20,11 @@ set -euo pipefail
 patience=900  # seconds until a vLLM answers: a large model is read and compiled
 
 say() { echo "update.sh: $*"; }
-die() { say "$*" >&2; exit 1; }
+die() {
+    say "$*" >&2
+    ! differs || say "back to the code and settings that served last, release $(serving): $checkout/server/update.sh --to $(serving)" >&2
+    exit 1
+}
 
 compose() { docker compose "$@" </dev/null; }
 
@@ -148,7 +157,7 @@ follow() {
     done
     kill "$follower" 2>/dev/null || true
     wait "$follower" 2>/dev/null || true
-    [[ ! $failed ]] || die "$name does not serve: it is $health after $((restarts - ${first:-restarts})) restarts. ${output##*waiting: } $consequence${pulled:+ Back to the former code: git -C $checkout reset --hard ORIG_HEAD && $checkout/server/update.sh --no-pull}"
+    [[ ! $failed ]] || die "$name does not serve: it is $health after $((restarts - ${first:-restarts})) restarts. ${output##*waiting: } $consequence"
 }
 
 lock() {
@@ -158,20 +167,25 @@ lock() {
 }
 
 main() {
-    plan='' build_only='' settle_only='' changed=0 pulled='' services=()
-    local pull=1 since name
+    plan='' build_only='' settle_only='' changed=0 services=()
+    local pull=1 to='' since name
     for word in "$@"; do
+        if [[ $to == next ]]; then
+            to=$word
+            continue
+        fi
         case $word in
         --no-pull) pull='' ;;
-        --pulled) pull='' pulled=1 changed=1 ;;
+        --pulled) pull='' changed=1 ;;
         --plan) plan=1 ;;
         --build) build_only=1 ;;
         --settle) pull='' settle_only=1 ;;
+        --to) pull='' to=next ;;
+        --releases) list_releases; return ;;
         -*) sed -n '2,/^set/{/^set/d;s/^# //;p}' "$0" >&2; exit 2 ;;
         *) services+=("$word") ;;
         esac
     done
-    checkout=$(cd .. && pwd)
     update_strategy=$(sed -nE "s/^UPDATE_STRATEGY=['\"]?([^'\"]*).*/\1/p" .env 2>/dev/null || true)
     [[ ${update_strategy:=auto} =~ ^(auto|surge|queue)$ ]] || die "UPDATE_STRATEGY in server/.env is auto, surge or queue, not $update_strategy"
 
@@ -181,6 +195,7 @@ main() {
     [[ ! -e .env ]] || source <(sed -nE 's/^((HTTPS?|NO)_PROXY)=/\L\1=/p' .env)
     set +a
     [[ -z $pull ]] || pull
+    [[ -z $to ]] || go_back "$to"
     tags
     if [[ ! $plan && ! $build_only ]]; then
         settle
@@ -234,7 +249,8 @@ main() {
         done
         # Where nothing was asked for and nothing has changed, site.yml's own check is the proof.
         [[ -z $pull && $changed == 0 ]] || docker exec vllm-gemma python3 /usr/local/bin/test_connection.py --base-url http://127.0.0.1:8000/v1 \
-            || die "the stack runs, but gave no reply, see above"
+            || die "the stack runs, but gave no reply, see above."
+        [[ ${#services[@]} -gt 0 ]] || record
     fi
     echo "changed=$changed"
 }
@@ -243,8 +259,11 @@ main() {
     cd "$(dirname "$(readlink -f "$0")")"
     # shellcheck source=server/standby.sh
     source ./standby.sh
+    # shellcheck source=server/releases.sh
+    source ./releases.sh
     trap '' HUP
-    if [[ " $* " =~ " --"(plan|pulled|build|settle)" " ]]; then
+    checkout=$(cd .. && pwd)
+    if [[ " $* " =~ " --"(plan|pulled|build|settle|releases)" " ]]; then
         main "$@"
     else
         lock

@@ -2,8 +2,10 @@
 
 import fcntl
 import os
+import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -30,7 +32,14 @@ case "$*" in
         done ;;
     "top "*) cat "$FAKE/rss" 2>/dev/null || printf "PID RSS\\n1 1000\\n" ;;
     "exec vllm-gemma-standby "*"healthcheck.py"*) [[ -e $FAKE/containers/vllm-gemma-standby ]] ;;
-    *" adapter_manager.py check") [[ ! -e $FAKE/check-fails ]] ;;
+    *" adapter_manager.py check") ! rm "$FAKE/check-fails" 2>/dev/null ;;
+    "compose config --images")
+        echo "vllm-gemma:$FUNCTION_GEMMA_TAG"
+        echo "tailscale-vllm:$TAILSCALE_VLLM_TAG" ;;
+    "image inspect "*) echo "sha256:of-${!#}" ;;
+    "image ls --format "*) ls "$FAKE/images" ;;
+    "image rm "*) rm "$FAKE/images/$3" ;;
+    *" adapter_manager.py list") echo "lint  sha256:a" ;;
     "compose config") cat "$FAKE/config" 2>/dev/null || true ;;
     "compose --dry-run up "*) cat "$FAKE/dry-run" 2>/dev/null || true ;;
     "image ls -q "*) cat "$FAKE/images/${!#}" 2>/dev/null || true ;;
@@ -74,7 +83,7 @@ class Host:
         (server / "haproxy" / "haproxy.cfg").write_text("global\n")
         (server / "Dockerfile").write_text("FROM x\nCOPY function_gemma /opt/\n")
         (server / "Dockerfile.tailscale").write_text("FROM x\nCOPY tailscale.sh handover.sh /root/\n")
-        for name in ["update.sh", "standby.sh", "tailscale.sh", "handover.sh"]:
+        for name in ["update.sh", "standby.sh", "releases.sh", "tailscale.sh", "handover.sh"]:
             shutil.copy(SERVER / name, server / name)
         shutil.copy(SERVER.parent / ".gitignore", self.forge)
         self.git("init", "-q", "-b", "main")
@@ -515,4 +524,121 @@ def test_a_server_that_a_killed_run_drained_gets_requests_again_once_it_is_ready
     (host.fake / "health").write_text("starting 0 loading\n")
     (host.clone / "server" / ".unsettled").touch()
     assert host.update("--settle").returncode == 0
+    assert host.gateway() == {"main": "ready", "standby": "maint"}
+
+
+def serve_commits(host: Host, *contents: str) -> list[str]:
+    """Update to a commit for each content of a file that the image is built of; return the commits."""
+    commits = []
+    for content in contents:
+        (host.forge / "server" / "function_gemma" / "a.py").write_text(content)
+        commits.append(host.commit())
+        assert host.update().returncode == 0
+    return commits
+
+
+def head(host: Host) -> str:
+    command = ["git", "-C", str(host.clone), "rev-parse", "--short=12", "HEAD"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def numbers(host: Host) -> list[str]:
+    return sorted(path.name for path in (host.clone / "server" / ".releases").glob("[0-9]*"))
+
+
+def test_what_served_is_on_record_with_commit_images_settings_and_adapters(host: Host) -> None:
+    (commit,) = serve_commits(host, "a = 2\n")
+    shown = host.update("--releases").stdout
+    tag = host.tags()["FUNCTION_GEMMA_TAG"]
+    assert shown.startswith("release 1, which serves\n")
+    assert f"\n  commit {commit}" in shown
+    assert f"\n  image vllm-gemma:{tag} sha256:of-vllm-gemma:{tag}\n" in shown
+    assert "\n  adapter lint  sha256:a\n" in shown
+    assert re.search(r"\n  settings [0-9a-f]{12}\n", shown)
+    host.update()
+    assert numbers(host) == ["1"]
+
+
+def test_a_rollback_has_code_and_settings_of_the_release_before(host: Host) -> None:
+    settings = host.clone / "server" / "entrypoint.env"
+    settings.write_text("SERVER_DTYPE=float32\n")
+    first, _ = serve_commits(host, "a = 2\n", "a = 3\n")
+    settings.unlink()
+    (host.clone / "server" / "gateway.env").write_text("GATEWAY_MAX_BODY=1\n")
+    host.update("--no-pull")
+    assert numbers(host) == ["1", "2", "3"]
+    plan = host.update("--to", "1", "--plan")
+    assert f"would go back to release 1 of {time.strftime('%F')}" in plan.stdout
+    assert last(plan) == "changed=1"
+    assert head(host) != first
+    result = host.update("--to", "1")
+    assert result.returncode == 0, result
+    assert f"back to release 1, commit {first}" in result.stdout
+    assert head(host) == first
+    assert settings.read_text() == "SERVER_DTYPE=float32\n"
+    assert not (host.clone / "server" / "gateway.env").exists()
+    assert numbers(host) == ["1", "2", "3"]
+    assert "release 1, which serves" in host.update("--releases").stdout
+
+
+def test_former_is_the_release_before_and_after_a_failed_update_the_one_that_serves(host: Host) -> None:
+    first, second = serve_commits(host, "a = 2\n", "a = 3\n")
+    (host.forge / "server" / "function_gemma" / "a.py").write_text("a = 4\n")
+    host.commit()
+    (host.fake / "build-fails").touch()
+    failed = host.update()
+    assert failed.returncode == 1
+    assert "update.sh --to 2" in failed.stdout
+    (host.fake / "build-fails").unlink()
+    assert host.update("--to", "former").returncode == 0
+    assert head(host) == second
+    assert host.update("--to", "former").returncode == 0
+    assert head(host) == first
+    none = host.update("--to", "former")
+    assert none.returncode == 1
+    assert "no release before this one is on record" in none.stdout
+
+
+def test_the_last_releases_stay_on_record_with_their_images_and_no_others(host: Host) -> None:
+    serve_commits(host, *(f"a = {number}\n" for number in range(10, 15)))
+    assert numbers(host) == ["3", "4", "5"]
+    vllm = [path.name for path in (host.fake / "images").glob("vllm-gemma:*")]
+    assert len(vllm) == 3
+    (host.clone / "server" / ".env").open("a").write("UPDATE_RELEASES_KEPT=1\n")
+    host.update()
+    assert numbers(host) == ["6"]
+
+
+def test_local_work_is_not_lost_by_a_rollback(host: Host) -> None:
+    serve_commits(host, "a = 2\n", "a = 3\n")
+    work = host.clone / "server" / "function_gemma" / "a.py"
+    work.write_text("a = 5\n")
+    result = host.update("--to", "1")
+    assert result.returncode == 1
+    assert "the checkout has changes of its own" in result.stdout
+    assert work.read_text() == "a = 5\n"
+
+
+def test_a_release_that_is_not_on_record_changes_nothing(host: Host) -> None:
+    (commit,) = serve_commits(host, "a = 2\n")
+    result = host.update("--to", "7")
+    assert result.returncode == 1
+    assert "there is no release 7 on record, but 1" in result.stdout
+    assert head(host) == commit
+
+
+def test_where_nothing_else_answers_a_vllm_that_does_not_is_replaced_by_what_served(host: Host) -> None:
+    (first,) = serve_commits(host, "a = 2\n")
+    host.serves()
+    (host.clone / "server" / ".env").open("a").write("UPDATE_STRATEGY=queue\n")
+    (host.forge / "server" / "function_gemma" / "a.py").write_text("a = 3\n")
+    host.commit()
+    (host.fake / "dry-run").write_text(REPLACE_VLLM)
+    host.update("--no-pull")
+    (host.fake / "check-fails").touch()
+    result = host.update()
+    assert result.returncode == 1
+    assert "does not answer as it should" in result.stdout
+    assert f"back to release 2, commit {first}" in result.stdout
+    assert head(host) == first
     assert host.gateway() == {"main": "ready", "standby": "maint"}
