@@ -5,7 +5,9 @@
 set -euo pipefail
 
 project=function-gemma-server
-rest=600  # seconds that an unhealthy container is left alone after a start
+# Seconds that an unhealthy container is left alone after a start. The sidecar is unhealthy while the tailnet is away, which no start
+# mends; a vLLM that has listened and gives no token is stuck.
+rest() { [[ $1 == vllm-* ]] && echo 60 || echo 600; }
 
 cd "$(dirname "$(readlink -f "$0")")"
 exec 9>>.lock
@@ -53,8 +55,8 @@ while read -r name state pid network started health output; do
     elif [[ $network == container:* && $(readlink "/proc/$pid/ns/net") != "$namespace" ]]; then
         say "$name is in a network namespace that is gone"
         docker restart "$name" </dev/null
-    elif [[ $health == unhealthy && $output != '"waiting: '* && $(date -d "$started" +%s) -lt $(($(date +%s) - rest)) ]]; then
+    elif [[ $health == unhealthy && $output != '"waiting: '* && $(date -d "$started" +%s) -lt $(($(date +%s) - $(rest "$name"))) ]]; then
         say "$name is unhealthy: $output"
-        docker restart -t 30 "$name" </dev/null
+        docker restart -t 10 "$name" </dev/null
     fi
 done < <(inspect "${all[@]}")

@@ -21,7 +21,7 @@ def main() -> int:
             connection.settimeout(SECONDS)
             connection.connect(address)
             connection.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
-            status = connection.recv(64).split(b"\r\n")[0].decode(errors="replace")
+            answer = b"".join(iter(lambda: connection.recv(4096), b"")).decode(errors="replace")
     except (FileNotFoundError, ConnectionRefusedError) as error:
         waiting = Path(address).with_suffix(".waiting")
         print(f"waiting: {waiting.read_text().strip()}" if waiting.exists() else f"{address}: {error}")
@@ -29,8 +29,9 @@ def main() -> int:
     except OSError as error:
         print(f"{address}: {error}")
         return 1
-    print(status)
-    return 0 if status.split()[1:2] == ["200"] else 1
+    head, _, body = answer.partition("\r\n\r\n")
+    print(head.partition("\r\n")[0], body)
+    return 0 if head.split()[1:2] == ["200"] else 1
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from common import LOGS, ROOT
 from report import Table, machine
-from stack import answers, call, clients, host, reaches, until
+from stack import CHECKOUT, answers, call, clients, host, reaches, until
 from steps import Step, run, say
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ or a wrong answer, streams cut off included; those that the gateway let wait and
 BOTTOM = """
 ## What is not run
 
-A full disk, memory that runs out, files half written at a power loss, a vLLM that hangs or answers nonsense.
+A full disk, as the lab's host has none of its own. A vLLM whose weights became NaN: tests/unit/test_pulse.py says
+that what it answers counts as no token, so that it is restarted as one that has stopped.
 """
 
 
@@ -57,6 +58,7 @@ class Fault:
     name: str
     mended: str
     command: str | Callable[[], object]
+    after: str = "true"  # what takes back a setting that the fault needs
 
     @property
     def head(self) -> str:
@@ -81,6 +83,33 @@ def reboot() -> None:
     call("docker", "restart", "-t", "60", "lab-host")
 
 
+# What the host's processes had begun to write: nothing has these names once it is complete.
+HALF_WRITTEN = f"""
+cd {CHECKOUT}/server
+head -c 20 .env >.env.new
+mkdir -p .releases/new && touch .unsettled
+docker exec vllm-gemma sh -c 'cd /models/adapters && head -c 50 manifest.json >manifest.json.new'
+"""
+
+
+def power_loss() -> None:
+    """End the host without a word, with files half written, and start it again."""
+    host(HALF_WRITTEN)
+    call("docker", "kill", "lab-host")
+    call("docker", "start", "lab-host")
+
+
+# The kernel ends what takes most of a container's memory when no more is to be had. A new start has a cgroup without the limit.
+OUT_OF_MEMORY = """
+group=/sys/fs/cgroup/memory/$(docker inspect -f '{{.State.Pid}}' vllm-gemma | xargs -I @ sed -n 's/.*:memory://p' /proc/@/cgroup)
+echo $(($(cat $group/memory.usage_in_bytes) + 50000000)) >$group/memory.limit_in_bytes
+docker exec -d vllm-gemma python3 -c 'b"x" * 400_000_000'
+"""
+LIVE_RESTORE = (
+    'sed -i \'s/"live-restore": {}/"live-restore": {}/\' /etc/docker/daemon.json && systemctl reload docker'
+)
+
+
 def plan() -> list[Fault]:
     """All faults, those that take longest last."""
     names = (GATEWAY, AGENTS, SIDECAR, VLLM, POD)
@@ -88,13 +117,32 @@ def plan() -> list[Fault]:
     return [
         *(Fault(f"{name} killed", "the healer" if name == POD else policy, killed(name)) for name in names),
         *(Fault(f"{name} removed", "the healer", f"docker rm -f {name}") for name in names),
+        Fault(
+            f"{SIDECAR} replaced",
+            "itself",
+            f"cd {CHECKOUT}/server && docker compose up -d --no-build --force-recreate tailscale",
+        ),
         Fault("systemd reloads its units", "nothing to mend", "systemctl daemon-reload"),
         Fault("engine restarted", "live-restore", "systemctl restart docker"),
+        Fault(
+            "engine restarted without live-restore",
+            "restart policy and healer",
+            f"{LIVE_RESTORE.format('true', 'false')} && systemctl restart docker",
+            LIVE_RESTORE.format("false", "true"),
+        ),
         Fault("engine killed", "systemd, live-restore", "kill -9 $(pidof dockerd)"),
         Fault(
             "control plane and its relay away for a minute", "tailscaled, once they are back", control_plane
         ),
         Fault("host restarted", "restart policy and healer", reboot),
+        Fault("host without power, files half written", "restart policy and healer", power_loss),
+        Fault("vLLM out of memory", policy, OUT_OF_MEMORY),
+        Fault("vLLM's engine stopped (SIGSTOP)", "the healer", "pkill -STOP -f VLLM::EngineCore"),
+        Fault(
+            "all of vllm-gemma stopped (SIGSTOP)",
+            "the healer",
+            "kill -STOP $(docker top vllm-gemma -eo pid | sed 1d)",
+        ),
     ]
 
 
@@ -116,6 +164,7 @@ def measure(fault: Fault) -> tuple[float, int, int]:
             return bool(settled) and time.time() - settled > SETTLED
 
         until("the stack is whole again", back, LONGEST)
+    host(fault.after)
     held = [
         began + seconds - start
         for began, seconds, right in seen["times"]

@@ -60,7 +60,7 @@ class FakeEngine:
         self.generate = self._generate
 
     async def _generate(
-        self, prompt: list[int], *, lora_request: FakeRequest | None = None
+        self, prompt: object, *_: object, lora_request: FakeRequest | None = None
     ) -> AsyncGenerator[Any, None]:
         for token in range(3):
             if not self.going.is_set():
@@ -141,7 +141,8 @@ def make_app(api_server_count: int | None = None) -> FastAPI:
     plugin.attach_router(app)
     app.state.engine = FakeEngine()
     app.state.openai_serving_models = FakeModels()
-    with patch("importlib.import_module", lambda _: SimpleNamespace(LoRARequest=FakeRequest)):
+    vllm = SimpleNamespace(LoRARequest=FakeRequest, SamplingParams=SimpleNamespace)
+    with patch("importlib.import_module", lambda _: vllm):
         engine = cast("Engine", app.state.engine)
         asyncio.run(plugin.init_state(engine, app.state, Namespace(api_server_count=api_server_count)))
     return app

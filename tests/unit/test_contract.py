@@ -82,6 +82,13 @@ SOURCES = {
             lora_request = self._maybe_get_adapters(request)
             model_name = self.models.model_name(lora_request)
     """,
+    "sampling_params.py": """
+        class SamplingParams:
+            temperature: float = 1.0
+            ignore_eos: bool = False
+            max_tokens: int | None = 16
+    """,
+    "v1/metrics/loggers.py": 'NAME = "vllm:kv_cache_usage_perc"',
     "v1/engine/async_llm.py": """
         class AsyncLLM:
             async def add_lora(self, lora_request): ...

@@ -22,6 +22,7 @@ from function_gemma.adapters.store import Store, root
 
 from .engine import Engine
 from .holder import Holder, Phase
+from .pulse import Pulse
 from .trial import Gate, Trial
 from .usage import Bounded, ServedBy, Usage
 
@@ -75,7 +76,9 @@ class AdaptersPlugin:
         state.adapter_holder = None
         try:
             request_type = importlib.import_module("vllm.lora.request").LoRARequest
+            parameters = importlib.import_module("vllm.sampling_params").SamplingParams
             models, usage = state.openai_serving_models, state.adapter_usage
+            state.pulse = Pulse(engine_client.generate, parameters, usage)
             holder = Holder(Store(root()), engine_client, models, request_type, usage)
             await holder.start(refusal)
             state.adapter_holder = holder
@@ -149,10 +152,11 @@ async def metrics() -> Response:
 
 @_router.get("/ready")
 async def ready(request: Request) -> JSONResponse:
-    """Answer 200 when the engine lives and serves what the manifest names, be it changed during the start."""
+    """Answer 200 when the engine gives tokens and serves what the manifest names, as it may have changed."""
     try:
         holder = _holder(request)
         await holder.check_health()
+        request.app.state.pulse.check()
         await holder.follow()
     except Exception as error:  # whatever the engine says, a server that cannot answer is not ready
         return JSONResponse({"ready": False, "reason": str(error)}, status_code=503)

@@ -28,6 +28,11 @@ _DEFINED = {
         "async OpenAIServingModels.show_available_models(self)",
     ),
     "entrypoints/serve/engine/protocol.py": ("ModelList.data", "ModelCard.id"),
+    "sampling_params.py": (
+        "SamplingParams.max_tokens",
+        "SamplingParams.temperature",
+        "SamplingParams.ignore_eos",
+    ),
     "v1/engine/async_llm.py": (
         "async AsyncLLM.add_lora(self, lora_request)",
         "async AsyncLLM.remove_lora(self, lora_id)",
@@ -38,6 +43,7 @@ _DEFINED = {
 
 # File below vllm/, code that must occur there in this order (as ast.unparse writes it), what rests on it.
 _DONE = (
+    ("v1/metrics/loggers.py", ("vllm:kv_cache_usage_perc",), "a long prompt that is read shows as work"),
     ("plugins/__init__.py", ("ENDPOINT_PLUGINS_GROUP = 'vllm.endpoint_plugins'",), "vLLM finds the plugin"),
     ("logger.py", ("'loggers': {'vllm': {",), "the plugin's log lines show"),
     ("entrypoints/launchers/cli_args.py", ("args.api_server_count",), "several API servers are refused"),

@@ -8,7 +8,8 @@ from contextlib import ExitStack, aclosing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from http import HTTPStatus
-from time import perf_counter
+from math import inf
+from time import monotonic, perf_counter
 from typing import Any
 
 from prometheus_client import REGISTRY, Counter, Gauge
@@ -60,6 +61,12 @@ class Usage:
         self.revision = revision
         self.loaded: dict[str, Loaded] = {}  # by inner name
         self.idle: Callable[[Loaded], None] = lambda _: None  # told of a generation that is in use no more
+        self.heard = -inf  # when the engine last gave a token, as monotonic() tells
+
+    def hear(self, output: Any) -> None:  # noqa: ANN401 - vLLM's RequestOutput
+        """Note when there was a token; not the first of the vocabulary, which is what scores of NaN give."""
+        if any(any(part.token_ids) for part in output.outputs):
+            self.heard = monotonic()
 
     def find(self, request: LoRA | None) -> Loaded | None:
         """Return the generation of vLLM's LoRARequest; None for the base model and --lora-modules."""
@@ -169,6 +176,7 @@ def count_tokens(engine: Engine, usage: Usage) -> None:
                         # Each output has only what is new (DELTA), or is the only one (FINAL_ONLY).
                         written.inc(sum(len(part.token_ids) for part in output.outputs))
                         read = len(output.prompt_token_ids or ())
+                        usage.hear(output)
                         yield output
             finally:
                 TOKENS.labels(name, "prompt").inc(read)
