@@ -46,8 +46,8 @@ or a wrong answer, streams cut off included; those that the gateway let wait and
 BOTTOM = """
 ## What is not run
 
-A full disk, as the lab's host has none of its own. A vLLM whose weights became NaN: what it answers counts as no
-token (tests/unit/test_pulse.py), so that it is restarted as one that has stopped.
+A full disk, as the lab's host has none of its own. A vLLM whose weights became NaN: what it answers counts
+as no token (tests/unit/test_pulse.py), so that it is restarted as one that has stopped.
 """
 
 
@@ -99,7 +99,7 @@ def power_loss() -> None:
     call("docker", "start", "lab-host")
 
 
-# The kernel ends what has most of a container's memory when no more is to be had. A new start has no such limit.
+# The kernel ends what has most of a container's memory when none is left. A new start has no such limit.
 OUT_OF_MEMORY = """
 pid=$(docker inspect -f '{{.State.Pid}}' vllm-gemma)
 group=/sys/fs/cgroup/memory/$(sed -n 's/.*:memory://p' /proc/$pid/cgroup)
