@@ -188,6 +188,7 @@ main() {
     done
     update_strategy=$(sed -nE "s/^UPDATE_STRATEGY=['\"]?([^'\"]*).*/\1/p" .env 2>/dev/null || true)
     [[ ${update_strategy:=auto} =~ ^(auto|surge|queue)$ ]] || die "UPDATE_STRATEGY in server/.env is auto, surge or queue, not $update_strategy"
+    ! grep -qs ^GATEWAY_LONGEST_REQUEST= gateway.env || die "GATEWAY_LONGEST_REQUEST belongs in server/.env: move its line there from server/gateway.env"
 
     # git reads no .env; small letters are what it knows for http:// as well.
     set -a

@@ -1,18 +1,17 @@
 """The lab and the deployed stack, brought up once; a run that finds them reuses them."""
 
-import sys
 from collections.abc import Iterator
 
 import pytest
 
 import common as lab
-from stack import ROOT, answers, call, laptop, playbook, server
+from stack import ROOT, answers, lab_up, laptop, playbook, server
 
 
 @pytest.fixture(scope="session", autouse=True)
 def deployed() -> None:
     """The stack on the host, of the working tree's code and the lab's inventory."""
-    call(sys.executable, ROOT / "tests" / "lab" / "lab.py", "up", seconds=2400)
+    lab_up()
     playbook("site.yml", seconds=900)
     answers()
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,6 +75,11 @@ def call(
     result = Done(" ".join(map(str, words)), done.returncode, done.stdout, done.stderr)
     assert ok is None or ok == (done.returncode == 0), str(result)
     return result
+
+
+def lab_up() -> None:
+    """Bring up what is down of the lab; a host that was removed is bare again."""
+    call(sys.executable, lab.LAB / "lab.py", "up", seconds=2400)
 
 
 def ssh(command: str) -> list[str]:

@@ -1,7 +1,6 @@
 """An update that is killed: it takes minutes, in which the healer makes good what was left."""
 
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,12 +8,11 @@ import pytest
 
 from stack import (
     CHECKOUT,
-    ROOT,
     answers,
-    call,
     clients,
     containers,
     host,
+    lab_up,
     nothing_failed,
     playbook,
     replaced,
@@ -29,7 +27,7 @@ from test_updates import STANDBYS, UPDATE, new_setting
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
     """The lab's stack, before and after."""
-    call(sys.executable, ROOT / "tests" / "lab" / "lab.py", "up", seconds=2400)
+    lab_up()
     playbook("site.yml", seconds=900)
     yield
     playbook("site.yml", seconds=900)

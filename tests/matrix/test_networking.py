@@ -1,11 +1,10 @@
 """The node in userspace mode, where tailscaled hands what the tailnet sends to 127.0.0.1 of the pod."""
 
-import sys
 from collections.abc import Iterator
 
 import pytest
 
-from stack import ROOT, answers, call, inspect, playbook
+from stack import answers, inspect, lab_up, playbook
 from test_tailnet import listening, test_nothing_but_ssh_the_gateway_and_peerapi_answers_the_laptop
 
 __all__ = ["test_nothing_but_ssh_the_gateway_and_peerapi_answers_the_laptop"]
@@ -14,7 +13,7 @@ __all__ = ["test_nothing_but_ssh_the_gateway_and_peerapi_answers_the_laptop"]
 @pytest.fixture(scope="module", autouse=True)
 def userspace() -> Iterator[None]:
     """The lab's stack without the tunnel device; afterwards with it again."""
-    call(sys.executable, ROOT / "tests" / "lab" / "lab.py", "up", seconds=2400)
+    lab_up()
     playbook("site.yml", "-e", "server_networking=userspace", seconds=900)
     yield
     playbook("site.yml", seconds=900)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from stack import (
     call,
     changes,
     headscale,
+    lab_up,
     laptop,
     playbook,
 )
@@ -54,7 +54,7 @@ def files(bundle: Path) -> dict[str, int]:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A bundle of what the lab's host serves."""
-    call(sys.executable, ROOT / "tests" / "lab" / "lab.py", "up", seconds=2400)
+    lab_up()
     playbook("site.yml", seconds=900)
     answers()
     path = tmp_path_factory.mktemp("bundle")

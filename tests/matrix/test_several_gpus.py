@@ -5,7 +5,6 @@ The tests build on each other, for a start of vLLM costs a minute.
 
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,11 +23,11 @@ from stack import (
     URL,
     answers,
     ask,
-    call,
     changes,
     containers,
     host,
     inspect,
+    lab_up,
     laptop,
     playbook,
     replaced,
@@ -108,7 +107,7 @@ def gpus(**settings: str) -> tuple[str, ...]:
 @pytest.fixture(scope="module", autouse=True)
 def two_gpus() -> Iterator[None]:
     """A host with two GPUs on its bus and site.yml's work on it; afterwards the lab's host as it was."""
-    call(sys.executable, ROOT / "tests" / "lab" / "lab.py", "up", seconds=2400)
+    lab_up()
     playbook("site.yml", seconds=900)
     host("sh -s 2", stdin=(GPU / "bus.sh").read_text())
     try:

@@ -642,3 +642,11 @@ def test_where_nothing_else_answers_a_vllm_that_does_not_is_replaced_by_what_ser
     assert f"back to release 2, commit {first}" in result.stdout
     assert head(host) == first
     assert host.gateway() == {"main": "ready", "standby": "maint"}
+
+
+def test_a_setting_that_moved_to_another_file_is_named_before_anything_changes(host: Host) -> None:
+    (host.clone / "server" / "gateway.env").write_text("GATEWAY_LONGEST_REQUEST=600s\n")
+    result = host.update()
+    assert result.returncode == 1
+    assert "move its line there from server/gateway.env" in result.stdout
+    assert host.calls() == []
