@@ -31,30 +31,34 @@ release() {
     done
 }
 
-# Puts what serves on record. Called once all of it has given a reply.
+# They come and go without an update: noted of a release when it is there, and again before another takes its place.
+note_adapters() { docker exec vllm-gemma adapter_manager.py list 2>/dev/null | sed -n '/  /s/^/adapter /p' >"$releases/$1/adapters" || true; }
+
+# Puts what serves on record, under a number that is higher than what served before. Called once all of it has given a reply.
 record() {
-    local now number same=''
+    local now number same='' next
     [[ ! $(git_ status --porcelain --untracked-files=no 2>&1) ]] || return 0  # a commit does not say what this is; or there is no git
     now=$(release)
     for number in $(numbers); do
         [[ $(grep -E '^(commit|settings|image) ' "$releases/$number/release") != "$now" ]] || same=$number
     done
+    next=$(($(numbers | tail -n1) + 1))
     if [[ ! $same ]]; then
-        same=$(($(numbers | tail -n1) + 1))
         rm -rf "$releases/new"
         (umask 077 && mkdir -p "$releases/new/settings")
         settings_files | xargs -r cp -p -t "$releases/new/settings"
-        {
-            echo "$now"
-            echo "time $(date '+%F %T %Z')"
-            docker exec vllm-gemma adapter_manager.py list | sed -n '/  /s/^/adapter /p'
-        } >"$releases/new/release"
-        git_ update-ref "refs/releases/$same" HEAD  # git keeps the commit
-        mv "$releases/new" "$releases/$same"
-        say "release $same is on record"
+        { echo "$now" && echo "time $(date '+%F %T %Z')"; } >"$releases/new/release"
+        same=new
     fi
-    [[ $(serving) == "$same" ]] || { echo "$same" >"$releases/serving.new" && mv "$releases/serving.new" "$releases/serving"; }
-    forget
+    if [[ $same != "$(serving)" ]]; then
+        git_ update-ref "refs/releases/$next" HEAD  # git keeps the commit
+        mv "$releases/$same" "$releases/$next"
+        note_adapters "$next"
+        echo "$next" >"$releases/serving.new"
+        mv "$releases/serving.new" "$releases/serving"
+        say "release $next is on record"
+        forget
+    fi
 }
 
 # Releases before the last few, and images that no release on record has.
@@ -62,10 +66,11 @@ forget() {
     local number image kept
     kept=$(sed -nE "s/^UPDATE_RELEASES_KEPT=['\"]?([0-9]+).*/\1/p" .env)
     for number in $(numbers | head -n "-${kept:-3}"); do
-        [[ $number != "$(serving)" ]] || continue
         rm -rf "${releases:?}/$number"
-        git_ update-ref -d "refs/releases/$number"
         say "release $number is on record no more"
+    done
+    for number in $(git_ for-each-ref --format='%(refname:lstrip=2)' refs/releases); do
+        [[ -e $releases/$number ]] || git_ update-ref -d "refs/releases/$number"
     done
     for image in $(docker image ls --format '{{.Repository}}:{{.Tag}}' --filter 'reference=vllm-gemma' --filter 'reference=tailscale-vllm'); do
         grep -qsF "image $image " "$releases"/*/release || docker image rm "$image" >/dev/null 2>&1 || true
@@ -76,7 +81,7 @@ list_releases() {
     local number
     for number in $(numbers); do
         [[ $number == "$(serving)" ]] && echo "release $number, which serves" || echo "release $number"
-        sed 's/^/  /' "$releases/$number/release"
+        cat "$releases/$number/release" "$releases/$number/adapters" | sed 's/^/  /'
     done
 }
 

@@ -149,7 +149,7 @@ follow() {
     follower=$!
     until ready "$name"; do
         read -r health restarts output < <(inspect "$name" && echo)
-        if ! runs "$name" || [[ $output == *'no model'* ]] || ((restarts > ${first:=$restarts} + 1 || second++ >= patience)); then
+        if ! runs "$name" || [[ $output == *'no model'* || $health == unhealthy && $output != *waiting:* ]] || ((restarts > ${first:=$restarts} + 1 || second++ >= patience)); then
             failed=1
             break
         fi
@@ -218,6 +218,7 @@ main() {
         echo "changed=$changed"
         return
     fi
+    [[ ${#replace[@]} -eq 0 || ! $(serving) ]] || note_adapters "$(serving)"
     # What can be found wrong before anything is replaced, in containers of the new kind.
     [[ ${#replace[@]} -eq 0 ]] || compose up -d --no-build --no-recreate --quiet-pull pod
     if replaces gateway-gemma; then

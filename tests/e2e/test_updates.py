@@ -6,10 +6,14 @@ import pytest
 
 from stack import (
     answers,
+    changes,
     clients,
+    commit,
     containers,
     host,
+    host_head,
     nothing_failed,
+    playbook,
     replaced,
     server,
 )
@@ -56,3 +60,46 @@ def test_a_setting_that_does_not_work_leaves_the_old_release_serving_and_says_wh
     assert nothing_failed(seen)
     assert not replaced(before)
     assert host(STANDBYS).stdout == ""
+
+
+def test_where_nothing_else_answers_what_served_comes_back_by_itself() -> None:
+    before = containers()
+    server(QUEUE)
+    server(UPDATE)
+    new_setting("--no-such-argument")
+    with clients() as seen:
+        update = server(UPDATE, ok=False, seconds=400)
+    assert "unrecognized arguments: --no-such-argument" in update.words
+    assert "back to release" in update.words
+    assert nothing_failed(seen)
+    assert replaced(before) == {"vllm-gemma"}
+    assert "no-such-argument" not in server("cat entrypoint.env").stdout
+
+
+def test_a_commit_that_does_not_work_leaves_the_old_release_serving_and_a_rollback_ends_it() -> None:
+    before, head = containers(), host_head()
+    with commit("server/entrypoint.sh", 'exec vllm serve "', 'exec vllm serve --no-such-argument "'):
+        update = playbook("update.yml", ok=False)
+    assert "unrecognized arguments: --no-such-argument" in update.words
+    assert "back to the code and settings that served last" in update.words
+    assert host_head() != head
+    assert changes(playbook("playbooks/rollback.yml", "--check")) == 1
+    assert host_head() != head
+    assert "SUCCESS" in playbook("playbooks/rollback.yml").stdout
+    assert host_head() == head
+    assert not replaced(before)
+
+
+def test_a_rollback_brings_back_what_served_before_and_fails_no_request() -> None:
+    head = host_head()
+    with commit("server/haproxy/haproxy.cfg", "maxconn 2000", "maxconn 1999"):
+        playbook("update.yml")
+    assert host_head() != head
+    before = containers()
+    with clients() as seen:
+        rollback = playbook("playbooks/rollback.yml")
+    assert nothing_failed(seen)
+    assert f"commit {head[:12]}" in rollback.words
+    assert host_head() == head
+    assert replaced(before) == {"gateway-gemma"}
+    assert "maxconn 2000" in server("cat haproxy/haproxy.cfg").stdout

@@ -383,6 +383,13 @@ def test_a_server_that_crashes_again_and_again_is_not_waited_for(host: Host) -> 
 TWO = "    container_name: vllm-gemma\n    container_name: vllm-gemma-1\n"
 
 
+def test_a_server_that_listens_and_is_not_ready_is_not_waited_for(host: Host) -> None:
+    (host.fake / "health").write_text("starting 0 waiting: loading\n" * 2 + "unhealthy 0 HTTP/1.1 404\n" * 2)
+    result = host.update("--no-pull")
+    assert result.returncode == 1
+    assert "vllm-gemma does not serve: it is unhealthy" in result.stdout
+
+
 def test_every_vllm_is_waited_for_and_one_that_does_not_serve_is_named(host: Host) -> None:
     (host.fake / "config").write_text(TWO)
     (host.fake / "dry-run").write_text(" DRY-RUN MODE -  Container vllm-gemma-1  Creating\n")
@@ -577,11 +584,13 @@ def test_a_rollback_has_code_and_settings_of_the_release_before(host: Host) -> N
     assert head(host) == first
     assert settings.read_text() == "SERVER_DTYPE=float32\n"
     assert not (host.clone / "server" / "gateway.env").exists()
-    assert numbers(host) == ["1", "2", "3"]
-    assert "release 1, which serves" in host.update("--releases").stdout
+    assert numbers(host) == ["2", "3", "4"]
+    assert "release 4, which serves" in host.update("--releases").stdout
+    assert host.update("--to", "former").returncode == 0
+    assert "GATEWAY_MAX_BODY=1" in (host.clone / "server" / "gateway.env").read_text()
 
 
-def test_former_is_the_release_before_and_after_a_failed_update_the_one_that_serves(host: Host) -> None:
+def test_former_is_what_served_before_and_after_a_failed_update_what_serves(host: Host) -> None:
     first, second = serve_commits(host, "a = 2\n", "a = 3\n")
     (host.forge / "server" / "function_gemma" / "a.py").write_text("a = 4\n")
     host.commit()
@@ -594,9 +603,6 @@ def test_former_is_the_release_before_and_after_a_failed_update_the_one_that_ser
     assert head(host) == second
     assert host.update("--to", "former").returncode == 0
     assert head(host) == first
-    none = host.update("--to", "former")
-    assert none.returncode == 1
-    assert "no release before this one is on record" in none.stdout
 
 
 def test_the_last_releases_stay_on_record_with_their_images_and_no_others(host: Host) -> None:
@@ -621,6 +627,9 @@ def test_local_work_is_not_lost_by_a_rollback(host: Host) -> None:
 
 def test_a_release_that_is_not_on_record_changes_nothing(host: Host) -> None:
     (commit,) = serve_commits(host, "a = 2\n")
+    none = host.update("--to", "former")
+    assert none.returncode == 1
+    assert "no release before this one is on record" in none.stdout
     result = host.update("--to", "7")
     assert result.returncode == 1
     assert "there is no release 7 on record, but 1" in result.stdout
