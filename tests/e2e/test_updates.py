@@ -62,6 +62,15 @@ def test_a_setting_that_does_not_work_leaves_the_old_release_serving_and_says_wh
     assert host(STANDBYS).stdout == ""
 
 
+def test_an_image_that_is_not_there_changes_nothing_and_says_so() -> None:
+    before = containers()
+    server("echo VLLM_IMAGE=nobody/nothing:1 >>.env")
+    update = server(UPDATE, ok=False, seconds=400)
+    assert "nobody/nothing:1" in update.words
+    assert "nothing was replaced" in update.words
+    assert not replaced(before)
+
+
 def test_where_nothing_else_answers_what_served_comes_back_by_itself() -> None:
     before = containers()
     server(QUEUE)
