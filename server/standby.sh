@@ -112,9 +112,10 @@ start_standby() {
     local name=$1 since
     say "$name: starts a standby"
     since=$(date +%s)
-    # On CPUs each vLLM binds its threads to the same cores, where one that starts would get next to nothing of a busy one's.
+    # On CPUs each vLLM binds its threads to the same cores, where one that starts would get next to nothing of a busy one's; and
+    # threads that wait for each other at every step wait long where others want all cores.
     compose run -d -T --no-deps --name vllm-gemma-standby -e SERVER_SOCKET=/run/vllm/vllm-standby.sock \
-        -e VLLM_CPU_OMP_THREADS_BIND=nobind "${name/gemma/server}" >/dev/null \
+        -e VLLM_CPU_OMP_THREADS_BIND=nobind -e "OMP_NUM_THREADS=$((($(nproc) + 1) / 2))" "${name/gemma/server}" >/dev/null \
         || die "the standby was not started, see above; nothing was replaced"
     # Half a share, for what serves goes before what starts; and one that crashes has failed.
     docker update --cpu-shares 512 --restart no vllm-gemma-standby >/dev/null
@@ -149,10 +150,12 @@ roll_vllm() {
     since=$(date +%s)
     # Without --no-deps, with which Compose would give the container another hash and replace it again at the next `up`.
     compose up -d --no-build "${name/gemma/server}" || die "$name was not replaced, see above; another run goes on from there"
+    docker update --cpu-shares 256 "$name" >/dev/null  # what serves goes before what starts
     (
         follow "$name" "$since"
         docker exec "$name" adapter_manager.py check || die "$name does not answer as it should, see above; another run goes on from there"
     ) || bring_back "$how"
+    docker update --cpu-shares 1024 "$name" >/dev/null
     admit "$server" || die "the gateway does not reach $name: docker logs gateway-gemma"
     say "$name: serves"
     ! there vllm-gemma-standby || end_standby

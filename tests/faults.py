@@ -44,6 +44,9 @@ or a wrong answer, streams cut off included; those that the gateway let wait and
 | fault | mended by | away, s | failed of all | when |
 |---|---|---:|---:|---|"""
 BOTTOM = """
+Without live-restore, which the role docker turns on, the node ends before its callers are told: who waits for
+an answer then notices by a time limit of its own, here 300 s.
+
 ## What is not run
 
 A full disk, as the lab's host has none of its own. A vLLM whose weights became NaN: what it answers counts
