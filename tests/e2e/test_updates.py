@@ -87,7 +87,7 @@ def test_where_nothing_else_answers_what_served_comes_back_by_itself() -> None:
 
 def test_a_commit_that_does_not_work_leaves_the_old_release_serving_and_a_rollback_ends_it() -> None:
     before, head = containers(), host_head()
-    with commit("server/entrypoint.sh", 'exec vllm serve "', 'exec vllm serve --no-such-argument "'):
+    with commit("server/entrypoint.sh", "--api-server-count 1\n", "--no-such-argument\n"):
         update = playbook("update.yml", ok=False)
     assert "unrecognized arguments: --no-such-argument" in update.words
     assert "back to the code and settings that served last" in update.words
