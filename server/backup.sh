@@ -24,23 +24,30 @@ volumes() {
 project=function-gemma-server
 
 restore() {
-    local parts=(models-adapters) services
+    local parts=(models-adapters) services name
     [[ ! ${1-} ]] || parts+=(tailscale-state)
     [[ ! -t 0 ]] || die "there is no backup on standard input: backup.sh restore <FILE"
+    longest=$(docker exec gateway-gemma printenv GATEWAY_LONGEST_REQUEST) || die "nothing has changed: the gateway does not run, see server/doctor"
     exec 9>>.lock
     flock -n 9 || { say "waiting for $(cat .lock)"; flock 9; }
     echo "backup.sh restore, process $$, since $(date '+%F %T %Z')" >.lock
     volumes stage "${parts[@]}" || die "nothing has changed, see above"
     mapfile -t services < <(compose config --services | grep -E "^vllm-server${1:+|^tailscale$}")
+    mapfile -t vllms < <(docker ps --format '{{.Names}}' --filter 'name=^/vllm-gemma')
     say "stops: ${services[*]}"
+    touch "$unsettled"  # what was killed from here on, the healer ends
+    for name in "${vllms[@]}"; do drain "$(server_of "$name")"; done
     compose stop "${services[@]}"
     volumes swap "${parts[@]}" </dev/null || die "not done, see above: run it again"
     say "starts: ${services[*]}"
     compose up -d --no-build --no-recreate --wait --wait-timeout 900 "${services[@]}" || die "not healthy: server/doctor says why"
+    settle
     docker exec vllm-gemma adapter_manager.py list
 }
 
 cd "$(dirname "$(readlink -f "$0")")"
+# shellcheck source=server/standby.sh
+source ./standby.sh
 trap '' HUP
 case "$*" in
 save)

@@ -1,4 +1,4 @@
-# Sourced by update.sh: replaces the gateway and vLLM while another of the new kind answers.
+# Sourced by update.sh and backup.sh: what the gateway is told, and how it and vLLM are replaced while another of the new kind answers.
 # shellcheck shell=bash
 # shellcheck disable=SC2154  # update.sh's variables
 
@@ -19,6 +19,10 @@ traffic() { control 'show stat vllm 4 -1' | awk -F, -v name="$1" '$2 == name {pr
 there() { [[ -n $(docker ps -aq --filter "name=^/$1$") ]]; }
 
 runs() { [[ -n $(docker ps -q --filter "name=^/$1$") ]]; }
+
+# Asked directly, because Docker asks every few seconds only.
+# shellcheck disable=SC2016  # the container's own variable
+ready() { docker exec "$1" sh -c 'exec healthcheck.py "$SERVER_SOCKET" /ready' >/dev/null 2>&1; }
 
 # The name that the gateway has for a vLLM's container.
 server_of() { [[ $1 == vllm-gemma ]] && echo main || echo "${1/gemma-/}"; }

@@ -136,10 +136,6 @@ replaces() { [[ " ${replace[*]} " == *" $1 "* ]]; }
 # HEALTH RESTARTS OUTPUT of a container, where the output is what the last health checks said
 inspect() { docker inspect -f '{{.State.Health.Status}} {{.RestartCount}} {{range .State.Health.Log}}{{.Output}} {{end}}' "$1" | tr '\n' ' '; }
 
-# Asked directly, because Docker asks every few seconds only.
-# shellcheck disable=SC2016  # the container's own variable
-ready() { docker exec "$1" sh -c 'exec healthcheck.py "$SERVER_SOCKET" /ready' >/dev/null 2>&1; }
-
 # follow NAME SINCE [CONSEQUENCE]: until the vLLM is ready, showing its log from SINCE on; not while it waits for a model, has
 # ended or crashes again and again.
 follow() {
