@@ -1,60 +1,75 @@
 #!/bin/bash
 # Saves what cannot be made again, the adapters with their history and the node's identity, and brings it back.
-#   backup.sh save >FILE
-#   backup.sh restore [--identity] <FILE
-# save      while all serves. Whoever has the file can be the node: keep it as you keep a key
-# restore   the adapters become those of the backup; requests wait at the gateway meanwhile. All of the file is read and checked
-#           before anything changes, and what was there stays until all of it is replaced: after a kill run it again
-# --identity  the node too: it has the name and address that it had, and no other machine may be this node still
+#   backup.sh save >FILE                   a tar; who can read it can be the node
+#   backup.sh restore [--identity] <FILE   the adapters, served without a restart; with --identity also name, address and keys of the node
+# Two nodes with one identity cut each other off: --identity is for when the old node is gone.
+# All of FILE is checked before anything changes; a run that was killed is completed by another. `save` holds the store's lock for
+# the moment in which it notes what there is, and no other: an update changes neither the generations nor the identity. `restore`
+# holds server/.lock, as update.sh does, so that neither it nor the healer starts a sidecar whose state is being replaced; its words
+# are in server/.update.log too.
 set -euo pipefail
 
-say() { echo "backup.sh: $*" >&2; }
-die() { say "$*"; exit 1; }
+say() { echo "backup.sh: $*"; }
+die() { say "$*" >&2; exit 1; }
 usage() { sed -n '2,/^set/{/^set/d;s/^# //;p}' "$0" >&2; exit 2; }
 
-compose() { docker compose "$@" </dev/null; }
-
-# Beside what runs, in a container that has the volumes and no network.
-volumes() {
-    docker run --rm -i --network none --read-only --user 0 --cap-drop ALL --cap-add DAC_OVERRIDE --cap-add CHOWN --cap-add FOWNER --cap-add FSETID \
-        --security-opt no-new-privileges:true --log-driver none --label function-gemma.backup -v "$PWD/backup.py:/backup.py:ro" \
-        -v "$project"_models-adapters:/volumes/models-adapters -v "$project"_tailscale-state:/volumes/tailscale-state \
-        --entrypoint python3 "$(docker inspect -f '{{.Config.Image}}' vllm-gemma)" /backup.py "$@"
+# backup.py in vLLM's image. No log: what `save` writes is secret, and Docker would keep it.
+work() {
+    docker run --rm -i --network none --log-driver none --read-only --user 0:0 --security-opt no-new-privileges:true \
+        --cap-drop ALL --cap-add SETUID --cap-add SETGID --cap-add DAC_OVERRIDE --entrypoint backup.py \
+        -v function-gemma-server_models-adapters:/models/adapters -v function-gemma-server_models-base:/models/base:ro \
+        -v function-gemma-server_vllm-run:/run/vllm -v function-gemma-server_tailscale-state:/var/lib/tailscale \
+        -v "$PWD/backup.py:/usr/local/bin/backup.py:ro" "$image" "$@"
 }
-project=function-gemma-server
 
-restore() {
-    local parts=(models-adapters) services name
-    [[ ! ${1-} ]] || parts+=(tailscale-state)
-    [[ ! -t 0 ]] || die "there is no backup on standard input: backup.sh restore <FILE"
-    longest=$(docker exec gateway-gemma printenv GATEWAY_LONGEST_REQUEST) || die "nothing has changed: the gateway does not run, see server/doctor"
+lock() {
     exec 9>>.lock
     flock -n 9 || { say "waiting for $(cat .lock)"; flock 9; }
-    echo "backup.sh restore, process $$, since $(date '+%F %T %Z')" >.lock
-    volumes stage "${parts[@]}" || die "nothing has changed, see above"
-    mapfile -t services < <(compose config --services | grep -E "^vllm-server${1:+|^tailscale$}")
-    mapfile -t vllms < <(docker ps --format '{{.Names}}' --filter 'name=^/vllm-gemma')
-    say "stops: ${services[*]}"
-    touch "$unsettled"  # what was killed from here on, the healer ends
-    for name in "${vllms[@]}"; do drain "$(server_of "$name")"; done
-    compose stop "${services[@]}"
-    volumes swap "${parts[@]}" </dev/null || die "not done, see above: run it again"
-    say "starts: ${services[*]}"
-    compose up -d --no-build --no-recreate --wait --wait-timeout 900 "${services[@]}" || die "not healthy: server/doctor says why"
-    settle
-    docker exec vllm-gemma adapter_manager.py list
+    echo "backup.sh of $(whoami), process $$, since $(date '+%F %T %Z')" >.lock
 }
 
-cd "$(dirname "$(readlink -f "$0")")"
-# shellcheck source=server/standby.sh
-source ./standby.sh
-trap '' HUP
-case "$*" in
-save)
-    [[ ! -t 1 ]] || die "a backup is no text: backup.sh save >FILE"
-    volumes save models-adapters tailscale-state </dev/null
-    ;;
-restore) restore ;;
-"restore --identity") restore identity ;;
-*) usage ;;
-esac
+# shellcheck disable=SC2329  # await calls it
+joined() { docker exec tailscale-vllm tailscale.sh health >/dev/null 2>&1; }
+
+# The sidecar ends, and with it a session through it; this goes on.
+change_identity() {
+    say "the node changes its identity; a session through it ends here"
+    docker stop tailscale-vllm >/dev/null
+    work take || { docker start tailscale-vllm >/dev/null; die "the node's identity could not be replaced, see above"; }
+    docker start tailscale-vllm >/dev/null
+    if ! await 90s joined; then
+        docker stop tailscale-vllm >/dev/null
+        work undo
+        docker start tailscale-vllm >/dev/null
+        die "the tailnet did not take the node of the backup within 90 s, so that it has its former identity again. Where the control plane has removed that node, restore without --identity"
+    fi
+    work settle
+    say "the node is $(docker exec tailscale-vllm tailscale ip -4) on the tailnet"
+}
+
+restore() {
+    work restore ${identity:+identity}
+    [[ ! $identity ]] || change_identity </dev/null
+}
+
+{
+    cd "$(dirname "$(readlink -f "$0")")"
+    # shellcheck source=server/standby.sh
+    source ./standby.sh
+    word=${1-} identity=''
+    [[ $# -lt 2 || "$*" == 'restore --identity' ]] || usage
+    [[ $# -lt 2 ]] || identity=1
+    [[ $word == save || $word == restore ]] || usage
+    image=$(docker inspect -f '{{.Config.Image}}' vllm-gemma 2>/dev/null) || die "there is no vllm-gemma yet: server/update.sh --no-pull"
+    if [[ $word == save ]]; then
+        [[ ! -t 1 ]] || die "a backup holds the node's key and goes to a file: backup.sh save >FILE"
+        node=$(docker exec tailscale-vllm tailscale status --json --peers=false 2>/dev/null | sed -n 's/^ *"DNSName": "\(.*\)",$/\1/p' | head -n1 || true)
+        work save "${node:-function-gemma-server}" "${image#*:}" </dev/null
+    else
+        [[ ! -t 0 ]] || die "a backup is read on standard input: backup.sh restore <FILE"
+        trap '' HUP PIPE
+        lock
+        restore 2>&1 | tee -p .update.log 9>&-
+    fi
+    exit
+}

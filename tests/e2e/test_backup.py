@@ -1,30 +1,50 @@
-"""The adapters of a backup come back over the tailnet, and no request fails."""
+"""What is saved comes back, while callers are answered."""
 
-from stack import answers, clients, containers, host, laptop, node, nothing_failed, replaced
+from collections.abc import Iterator
 
-SSH = "ssh root@function-gemma-server"
-LIST = "docker exec vllm-gemma adapter_manager.py list"
+import pytest
 
+from stack import clients, containers, host, laptop, nothing_failed, replaced, server
 
-def test_the_adapters_of_a_backup_come_back_and_no_request_fails() -> None:
-    saved, before = host(LIST).stdout, containers()
-    laptop(f"{SSH} ./backup.sh save >/tmp/backup.tar")
-    state = node("cat /var/lib/tailscale/tailscaled.state").stdout
-    laptop(f"cd .cache/lab/model && tar c lint | {SSH} ./adapter_manager.py load later -")
-    assert host(LIST).stdout != saved
-    with clients() as seen:
-        laptop(f"{SSH} ./backup.sh restore </tmp/backup.tar", seconds=300)
-    assert nothing_failed(seen)
-    assert host(LIST).stdout == saved
-    assert replaced(before) == {"vllm-gemma"}
-    assert node("cat /var/lib/tailscale/tailscaled.state").stdout == state
-    answers()
+MANAGER = "docker exec -i vllm-gemma adapter_manager.py"
+BACKUP = "/run/e2e-backup.tar"
 
 
-def test_what_is_no_backup_changes_nothing() -> None:
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    """Nothing of the test's stays, and every container is the same throughout."""
     before = containers()
-    wrong = laptop(f"head -c 20000 /tmp/backup.tar | {SSH} ./backup.sh restore", ok=False)
-    assert "this is no whole backup" in wrong.words
-    assert "nothing has changed" in wrong.words
+    yield
+    host(f"rm -f {BACKUP}; {MANAGER} prune")
     assert not replaced(before)
-    assert ".restore" not in host("docker exec vllm-gemma ls -A /models/adapters").stdout
+
+
+def listed() -> str:
+    """Names and digests of what is served."""
+    return host(f"{MANAGER} list").stdout
+
+
+def test_a_restore_serves_what_was_served_when_the_backup_was_saved_and_no_request_fails(
+    adapters: str,
+) -> None:
+    before = listed()
+    server(f"umask 077 && ./backup.sh save >{BACKUP}")
+    more = f"tar c -C {adapters} lint | ssh root@function-gemma-server ./adapter_manager.py load extra -"
+    laptop(more)
+    host(f"{MANAGER} unload docstring")
+    assert listed() != before
+    server(f"./backup.sh restore <{BACKUP}")
+    assert listed() == before
+    laptop(more)
+    with clients() as seen:
+        server(f"./backup.sh restore <{BACKUP}")
+        assert listed() == before
+    assert nothing_failed(seen)
+
+
+def test_half_a_backup_changes_nothing() -> None:
+    before = listed()
+    server(f"umask 077 && ./backup.sh save | head -c 20000 >{BACKUP}", ok=None)
+    refused = server(f"./backup.sh restore <{BACKUP}", ok=False)
+    assert "nothing was changed" in refused.words
+    assert listed() == before
