@@ -7,6 +7,7 @@ import pytest
 from stack import clients, containers, host, laptop, nothing_failed, replaced, server
 
 MANAGER = "docker exec -i vllm-gemma adapter_manager.py"
+SSH = "ssh root@function-gemma-server"
 BACKUP = "/run/e2e-backup.tar"
 
 
@@ -15,6 +16,7 @@ def as_before() -> Iterator[None]:
     """Nothing of the test's stays, and every container is the same throughout."""
     before = containers()
     yield
+    laptop(f"rm -f {BACKUP}")
     host(f"rm -f {BACKUP}; {MANAGER} prune")
     assert not replaced(before)
 
@@ -28,16 +30,16 @@ def test_a_restore_serves_what_was_served_when_the_backup_was_saved_and_no_reque
     adapters: str,
 ) -> None:
     before = listed()
-    server(f"umask 077 && ./backup.sh save >{BACKUP}")
-    more = f"tar c -C {adapters} lint | ssh root@function-gemma-server ./adapter_manager.py load extra -"
+    laptop(f"{SSH} ./backup.sh save >{BACKUP}")
+    more = f"tar c -C {adapters} lint | {SSH} ./adapter_manager.py load extra -"
     laptop(more)
     host(f"{MANAGER} unload docstring")
     assert listed() != before
-    server(f"./backup.sh restore <{BACKUP}")
+    laptop(f"{SSH} ./backup.sh restore <{BACKUP}")
     assert listed() == before
     laptop(more)
     with clients() as seen:
-        server(f"./backup.sh restore <{BACKUP}")
+        laptop(f"{SSH} ./backup.sh restore <{BACKUP}")
         assert listed() == before
     assert nothing_failed(seen)
 
