@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -12,7 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import yaml
+
 import common as lab
+from images import tag_of
+from machines import host_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -214,6 +219,52 @@ def node(command: str, *, ok: bool | None = True) -> Done:
 def address() -> str:
     """The node's IPv4 address on the tailnet."""
     return node("tailscale ip -4").last
+
+
+# ── Another host ─────────────────────────────────────────────────────────────────────────────────
+
+NODE = "function-gemma-server"
+ASIDE = "lab-host"
+
+
+def nodes() -> dict[str, str]:
+    """Ids of the tailnet's nodes by the names under which they are reached."""
+    return {node["given_name"]: str(node["id"]) for node in headscale("nodes list")}
+
+
+def forget() -> None:
+    """Remove the node from the tailnet, as its owner does before another takes its name."""
+    known = nodes()
+    if NODE in known:
+        headscale(f"nodes delete --force -i {known[NODE]}")
+
+
+@contextmanager
+def bare_host(name: str, address: str) -> Iterator[None]:
+    """Another host, bare, to which the lab's own lends the node's name."""
+    headscale(f"nodes rename -i {nodes()[NODE]} {ASIDE}")
+    options = [*host_options(), "--label", lab.LABEL, "--network", "lab-internet", "--ip", address]
+    call("docker", "run", "-d", "--name", name, "--hostname", name, *options, tag_of("host"))
+    try:
+        call("docker", "exec", name, "sh", "-c", "systemctl is-system-running --wait || true")
+        yield
+    finally:
+        call("docker", "rm", "-f", "-v", name)
+        forget()
+        headscale(f"nodes rename -i {nodes()[ASIDE]} {NODE}")
+
+
+def inventory_with(name: str, path: Path, **variables: str) -> Path:
+    """The lab's inventory in a folder, with another host in place of its own."""
+    shutil.copytree(ROOT / "inventory" / "lab" / "group_vars", path / "group_vars")
+    docker = {"ansible_connection": "community.docker.docker"}
+    hosts: dict[str, Any] = {
+        "inference_servers": {"hosts": {name: {**docker, "ansible_host": name, **variables}}},
+        "tailnet_clients": {"hosts": {"laptop": {**docker, "ansible_host": "lab-laptop"}}},
+    }
+    groups = {"all": {"vars": {"lab_cache": str(lab.CACHE)}, "children": hosts}}
+    (path / "hosts.yml").write_text(yaml.safe_dump(groups))
+    return path
 
 
 # ── The forge ────────────────────────────────────────────────────────────────────────────────────

@@ -4,25 +4,22 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 import common as lab
-from images import tag_of
-from machines import host_options
 from stack import (
     ANSWERS,
     BASE,
+    NODE,
     PROMPT,
-    ROOT,
     Done,
     answers,
     ask,
+    bare_host,
     call,
     changes,
-    headscale,
+    inventory_with,
     lab_up,
     laptop,
     playbook,
@@ -30,8 +27,6 @@ from stack import (
 
 NAME = "lab-offline"
 ADDRESS = "10.77.0.21"
-NODE = "function-gemma-server"
-ASIDE = "lab-host"
 # What a host without internet does not reach; the control plane is in its LAN.
 AWAY = (lab.REGISTRY, lab.FORGE, lab.HUB, lab.APT)
 
@@ -39,11 +34,6 @@ AWAY = (lab.REGISTRY, lab.FORGE, lab.HUB, lab.APT)
 def collect(path: Path) -> Done:
     """Run what `make bundle` runs."""
     return playbook("playbooks/bundle.yml", "-e", f"bundle_path={path}", seconds=900)
-
-
-def nodes() -> dict[str, str]:
-    """Ids of the tailnet's nodes by the names under which they are reached."""
-    return {node["given_name"]: str(node["id"]) for node in headscale("nodes list")}
 
 
 def files(bundle: Path) -> dict[str, int]:
@@ -66,36 +56,16 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def inventory(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The lab's inventory with another host, which has a bundle."""
-    path = tmp_path_factory.mktemp("inventory")
-    shutil.copytree(ROOT / "inventory" / "lab" / "group_vars", path / "group_vars")
-    docker = {"ansible_connection": "community.docker.docker"}
-    one = {**docker, "ansible_host": NAME, "bundle_path": str(bundle)}
-    hosts: dict[str, Any] = {
-        "inference_servers": {"hosts": {NAME: one}},
-        "tailnet_clients": {"hosts": {"laptop": {**docker, "ansible_host": "lab-laptop"}}},
-    }
-    groups = {"all": {"vars": {"lab_cache": str(lab.CACHE)}, "children": hosts}}
-    (path / "hosts.yml").write_text(yaml.safe_dump(groups))
-    return path
+    return inventory_with(NAME, tmp_path_factory.mktemp("inventory"), bundle_path=str(bundle))
 
 
 @pytest.fixture(scope="module")
 def site(inventory: Path) -> Iterator[Done]:
     """The run of site.yml on a bare host that reaches nothing but its LAN; the lab's host lends its name."""
-    headscale(f"nodes rename -i {nodes()[NODE]} {ASIDE}")
-    options = [*host_options(), "--label", lab.LABEL, "--network", "lab-internet", "--ip", ADDRESS]
-    call("docker", "run", "-d", "--name", NAME, "--hostname", NAME, *options, tag_of("host"))
-    try:
-        call("docker", "exec", NAME, "sh", "-c", "systemctl is-system-running --wait || true")
+    with bare_host(NAME, ADDRESS):
         cut = ["ip route delete default", *(f"ip route add unreachable {address}" for address in AWAY)]
         call("docker", "exec", NAME, "sh", "-ec", "; ".join(cut))
         yield run(inventory)
-    finally:
-        call("docker", "rm", "-f", "-v", NAME)
-        known = nodes()
-        if NODE in known:
-            headscale(f"nodes delete --force -i {known[NODE]}")
-        headscale(f"nodes rename -i {known[ASIDE]} {NODE}")
 
 
 def run(inventory: Path, *, ok: bool = True) -> Done:

@@ -78,6 +78,7 @@ def arguments(**given: Any) -> Tree:  # noqa: ANN401 (the role's)
         "proxy": "",
         "no_proxy": [],
         "data_root": "",
+        "leaving": [],
         **given,
     }
 
@@ -647,4 +648,17 @@ def test_absent_leaves_an_engine_that_was_there_to_its_containers() -> None:
     result = settings(facts)
     there = plan(later(facts, result), state="absent")
     assert (there["problems"], there["moves"], there["stays"]) == ([], False, True)
-    assert there["lines"][-1] == "restart the engine"
+    assert not there["restart"]
+    assert "not restart it, which would end containers" in there["lines"][-1]
+
+
+def test_absent_restarts_an_engine_whose_own_live_restore_keeps_its_containers() -> None:
+    facts = host({"live-restore": True}, packages=DOCKER, running=[{"name": "web", "project": ""}])
+    there = plan(later(facts, settings(facts)), state="absent")
+    assert (there["restart"], there["lines"][-1]) == (True, "restart the engine")
+
+
+def test_absent_does_not_mind_what_an_uninstall_removes_first() -> None:
+    facts = host(packages=DOCKER, running=[{"name": "vllm-gemma", "project": "function-gemma-server"}])
+    there = plan(later(facts, settings(facts)), state="absent", leaving=["vllm-gemma"])
+    assert (there["problems"], there["restart"]) == ([], True)

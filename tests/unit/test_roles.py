@@ -199,7 +199,10 @@ def test_a_playbook_begins_with_the_preflight_and_ends_with_a_reply(playbook: st
 
 @pytest.mark.parametrize(
     "playbook",
-    ["site.yml", "update.yml", "load_adapter.yml", "playbooks/connection_check.yml", "playbooks/doctor.yml"],
+    [
+        *("site.yml", "update.yml", "load_adapter.yml", "playbooks/connection_check.yml"),
+        *("playbooks/doctor.yml", "playbooks/uninstall.yml"),
+    ],
 )
 def test_tags_are_the_names_of_roles(playbook: str) -> None:
     tasks = [task for play in load(playbook) for task in play.get("tasks", [])]

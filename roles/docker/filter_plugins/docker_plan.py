@@ -18,6 +18,9 @@ Pin: version {version}
 Pin-Priority: 990
 """
 STACK = "function-gemma-server"  # the Compose project
+NOT_RESTARTED = (
+    "not restart it, which would end containers: it keeps till its next start what a reload does not bring"
+)
 # The least that is good enough: Compose reads our files, and dockerd can check its settings (`--validate`).
 MINIMUM = {"compose": (2, 24), "engine": (23, 0)}
 DOCKER = ("docker-ce", "docker-ce-cli", "containerd.io", "docker-compose-plugin", "docker-buildx-plugin")
@@ -54,6 +57,7 @@ class Plan(TypedDict):
     repository: str  # present: it is added or proven again; absent: what we wrote goes
     pin: str  # the apt preferences' content; empty where there are none
     stays: bool  # an engine is there afterwards
+    restart: bool  # it starts anew, to read its settings
 
 
 class Changes(TypedDict):
@@ -79,9 +83,11 @@ def docker_plan(facts: Tree, arguments: Tree, settings: Tree) -> Plan:
         repository="",
         pin="",
         stays=True,
+        restart=settings["restart"],
     )
+    running = [one for one in facts["running"] if one["name"] not in arguments["leaving"]]
     if arguments["state"] == "absent":
-        _give_back(facts, plan)
+        _give_back(facts, running, plan)
     else:
         plan["problems"] += argument_problems(arguments)
         _packages(facts, arguments, plan)
@@ -105,6 +111,8 @@ def docker_plan(facts: Tree, arguments: Tree, settings: Tree) -> Plan:
     plan["moves"] = bool(plan["install"] or plan["remove"])
     if arguments["state"] == "absent":
         plan["stays"] = after != "" and (plan["family"] != "" or ENGINES[after] not in plan["remove"])
+        # A start without our live-restore would end them.
+        plan["restart"] &= not running or bool(settings["merged"].get("live-restore"))
     if plan["stays"]:
         plan["problems"] += root_problems(facts, arguments["data_root"], settings["moved_root"])
     if arguments["state"] == "absent" or after != "docker":
@@ -129,7 +137,8 @@ def docker_plan(facts: Tree, arguments: Tree, settings: Tree) -> Plan:
             "change the apt source" if plan["repository"] == "present" else "remove the apt source"
         )
     if settings["changes"] and facts["active"] and not plan["remove"]:
-        plan["lines"].append("restart the engine" if settings["restart"] else "reload the engine")
+        plan["lines"].append("restart the engine" if plan["restart"] else "reload the engine")
+        plan["lines"] += [NOT_RESTARTED] if plan["restart"] != settings["restart"] else []
     elif arguments["state"] == "present" and not (facts["active"] and facts["enabled"]):
         plan["lines"].append("start the engine, now and at boot")
     return plan
@@ -313,7 +322,7 @@ def store_problems(facts: Tree, settings: Tree, plan: Plan) -> list[str]:
     return []
 
 
-def _give_back(facts: Tree, plan: Plan) -> None:
+def _give_back(facts: Tree, running: list[dict[str, str]], plan: Plan) -> None:
     record = facts["record"]
     there = facts["packages"]
     plan["remove"] = [name for name in record.get("packages", []) if name in there]
@@ -321,13 +330,13 @@ def _give_back(facts: Tree, plan: Plan) -> None:
     plan["family"] = next((family for family, engine in ENGINES.items() if engine in plan["install"]), "")
     if not record:
         return
-    stack = [one["name"] for one in facts["running"] if one["project"] == STACK]
+    stack = [one["name"] for one in running if one["project"] == STACK]
     if stack:
         plan["problems"].append(
             f"{', '.join(sorted(stack))} runs there: take the stack down first, docker compose "
             f"--project-name {STACK} down"
         )
-    others = [one["name"] for one in facts["running"] if one["project"] != STACK]
+    others = [one["name"] for one in running if one["project"] != STACK]
     if others and set(plan["remove"]) & set(ENGINES.values()) and not plan["family"]:
         plan["problems"].append(
             f"{', '.join(sorted(others))} runs on the engine that would be removed: docker stop "

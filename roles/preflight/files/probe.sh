@@ -3,13 +3,15 @@
 # shellcheck disable=SC1091  # every host has its own
 . /etc/os-release
 yes_if() { if "$@" >/dev/null 2>&1; then echo true; else echo false; fi; }
-state=$(docker volume inspect --format '{{.Mountpoint}}' function-gemma-server_tailscale-state 2>/dev/null)/tailscaled.state
 # Where the images go: what is asked for, else where the engine keeps them now.
 engine=$(docker info --format '{{.DockerRootDir}} {{.DriverStatus}}' 2>/dev/null)
 case $engine in *io.containerd.snapshotter.v1*) engine=/var/lib/containerd ;; esac
 root=${DATA_ROOT:-${engine%% *}}
 root=${root:-$(sed -n 's/.*"data-root" *: *"\([^"]*\)".*/\1/p' /etc/docker/daemon.json 2>/dev/null)}
 root=${root:-/var/lib/docker}
+# An uninstall takes Docker and leaves the node's state, where another Docker finds it.
+state=$(docker volume inspect --format '{{.Mountpoint}}' function-gemma-server_tailscale-state 2>/dev/null ||
+  echo "$root/volumes/function-gemma-server_tailscale-state/_data")/tailscaled.state
 there=$root
 while ! [ -d "$there" ]; do there=$(dirname "$there"); done
 # The classes of NVIDIA's devices on the PCI bus; a driver is not needed for that.
