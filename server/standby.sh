@@ -36,6 +36,9 @@ await() {
     done
 }
 
+# What starts gets less of the CPUs than what serves; whoever has proven itself gets as much.
+full_share() { docker update --cpu-shares 1024 "$1" >/dev/null; }
+
 is_up() { [[ $(traffic "$1") == UP* ]]; }
 
 is_idle() { [[ $(traffic "$1") == *' 0 0' ]]; }
@@ -68,6 +71,7 @@ settle() {
     fi
     for name in "${vllms[@]}"; do
         if ready "$name"; then
+            full_share "$name"
             admit "$(server_of "$name")" || return 0
         elif ready vllm-gemma-standby; then
             say "$name does not answer and the standby does: it stays"
@@ -125,7 +129,7 @@ start_standby() {
     docker update --cpu-shares 512 --restart no vllm-gemma-standby >/dev/null
     follow vllm-gemma-standby "$since" "$name serves as before."
     docker exec vllm-gemma-standby adapter_manager.py check || die "the standby does not answer as it should, see above; $name serves as before"
-    docker update --cpu-shares 1024 vllm-gemma-standby >/dev/null
+    full_share vllm-gemma-standby
 }
 
 # Where no standby answers, what served last has to.
@@ -154,12 +158,12 @@ roll_vllm() {
     since=$(date +%s)
     # Without --no-deps, with which Compose would give the container another hash and replace it again at the next `up`.
     compose up -d --no-build "${name/gemma/server}" || die "$name was not replaced, see above; another run goes on from there"
-    docker update --cpu-shares 256 "$name" >/dev/null  # what serves goes before what starts
+    docker update --cpu-shares 256 "$name" >/dev/null
     (
         follow "$name" "$since"
         docker exec "$name" adapter_manager.py check || die "$name does not answer as it should, see above; another run goes on from there"
     ) || bring_back "$how"
-    docker update --cpu-shares 1024 "$name" >/dev/null
+    full_share "$name"
     admit "$server" || die "the gateway does not reach $name: docker logs gateway-gemma"
     say "$name: serves"
     ! there vllm-gemma-standby || end_standby
