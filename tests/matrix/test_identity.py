@@ -1,18 +1,16 @@
 """A node that was lost and made anew gets its name and its address back from a backup."""
 
-import sys
 from collections.abc import Iterator
 
 import pytest
 
 from stack import (
-    ROOT,
     address,
     answers,
-    call,
     containers,
     headscale,
     host,
+    lab_up,
     node,
     playbook,
     replaced,
@@ -28,7 +26,7 @@ HOST_KEYS = f"sha256sum {STATE}/ssh/*"
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
     """The lab's stack, before and after, and no node more than before."""
-    call(sys.executable, ROOT / "tests" / "lab" / "lab.py", "up", seconds=2400)
+    lab_up()
     playbook("site.yml", seconds=900)
     known = {one["id"] for one in headscale("nodes list")}
     yield
