@@ -51,7 +51,7 @@ def test_a_killed_update_fails_no_request_and_another_run_completes_it(step: str
     output = tmp_path / "update"
     with clients() as seen:
         with started(ssh(f"cd {CHECKOUT}/server && {UPDATE}"), output):
-            until(step, lambda: step in output.read_text())
+            until(step, lambda: step in output.read_text(), seconds=600)
             host(f"pkill -{signal.SIGKILL.value} -f '^/bin/bash ./update[.]sh'")
         until("no run holds the lock", lambda: server("flock -n .lock true", ok=None).code == 0)
         host("systemctl start function-gemma-heal.service", seconds=300)
