@@ -22,12 +22,6 @@ work() {
         -v "$PWD/backup.py:/usr/local/bin/backup.py:ro" "$image" "$@"
 }
 
-lock() {
-    exec 9>>.lock
-    flock -n 9 || { say "waiting for $(cat .lock)"; flock 9; }
-    echo "backup.sh of $(whoami), process $$, since $(date '+%F %T %Z')" >.lock
-}
-
 # shellcheck disable=SC2329  # await calls it
 joined() { docker exec tailscale-vllm tailscale.sh health >/dev/null 2>&1; }
 
@@ -68,7 +62,7 @@ restore() {
     else
         [[ ! -t 0 ]] || die "a backup is read on standard input: backup.sh restore <FILE"
         trap '' HUP PIPE
-        lock
+        lock backup.sh
         restore 2>&1 | tee -p .update.log 9>&-
     fi
     exit

@@ -10,7 +10,7 @@ serving() { cat "$releases/serving" 2>/dev/null; }
 on_record() { sed -n "s/^$2 //p" "$releases/$1/release"; }
 
 # The settings' files, of one host; where .env has the tags of images as well, they are no settings.
-settings_files() { find "${1-.}" -maxdepth 1 -type f \( -name '*.env' -o -name docker-compose.gpus.yml \) -printf '%P\n' | LC_ALL=C sort; }
+settings_files() { find . -maxdepth 1 -type f \( -name '*.env' -o -name docker-compose.gpus.yml \) -printf '%P\n' | LC_ALL=C sort; }
 
 settings_hash() {
     local file
@@ -111,7 +111,7 @@ go_back() {
     fi
     git_ reset --quiet --keep "$commit" || die "nothing has changed: the checkout has changes of its own, see above. git -C $checkout status shows them, git -C $checkout stash puts them aside"
     settings_files | xargs -r rm -f
-    cp -p "$releases/$to/settings/." . -r
+    cp -rp "$releases/$to/settings/." .
     say "back to release $to, commit ${commit:0:12}"
     exec "$checkout/server/update.sh" --pulled
 }

@@ -1,4 +1,4 @@
-# Sourced by update.sh and backup.sh: what the gateway is told, and how it and vLLM are replaced while another of the new kind answers.
+# Sourced by update.sh and backup.sh: their lock, what the gateway is told, and how it and vLLM are replaced while another answers.
 # shellcheck shell=bash
 # shellcheck disable=SC2154  # update.sh's variables
 
@@ -19,6 +19,13 @@ traffic() { control 'show stat vllm 4 -1' | awk -F, -v name="$1" '$2 == name {pr
 there() { [[ -n $(docker ps -aq --filter "name=^/$1$") ]]; }
 
 runs() { [[ -n $(docker ps -q --filter "name=^/$1$") ]]; }
+
+# One run at a time, and the healer in none: lock WHO
+lock() {
+    exec 9>>.lock
+    flock -n 9 || { say "waiting for $(cat .lock)"; flock 9; }
+    echo "$1 of $(whoami), process $$, since $(date '+%F %T %Z')" >.lock
+}
 
 # Asked directly, because Docker asks every few seconds only.
 # shellcheck disable=SC2016  # the container's own variable

@@ -156,12 +156,6 @@ follow() {
     [[ ! $failed ]] || die "$name does not serve: it is $health after $((restarts - ${first:-restarts})) restarts. ${output##*waiting: } $consequence"
 }
 
-lock() {
-    exec 9>>.lock
-    flock -n 9 || { say "waiting for $(cat .lock)"; flock 9; }
-    echo "the run of $(whoami), process $$, since $(date '+%F %T %Z')" >.lock
-}
-
 main() {
     plan='' build_only='' settle_only='' changed=0 services=()
     local pull=1 to='' since name
@@ -247,7 +241,7 @@ main() {
         done
         # Where nothing was asked for and nothing has changed, site.yml's own check is the proof.
         [[ -z $pull && $changed == 0 ]] || docker exec vllm-gemma python3 /usr/local/bin/test_connection.py --base-url http://127.0.0.1:8000/v1 \
-            || die "the stack runs, but gave no reply, see above."
+            || die "the stack runs, but gave no reply, see above"
         [[ ${#services[@]} -gt 0 ]] || record
     fi
     echo "changed=$changed"
@@ -264,7 +258,7 @@ main() {
     if [[ " $* " =~ " --"(plan|pulled|build|settle|releases)" " ]]; then
         main "$@"
     else
-        lock
+        lock 'the run'
         main "$@" 2>&1 | tee -p .update.log 9>&-
     fi
     exit
