@@ -142,7 +142,7 @@ serve() {
     # )
     if [[ -n $SERVER_SOCKET ]]; then
         rm -f "$SERVER_SOCKET"  # vLLM leaves it behind and would not bind over it
-        args+=(--uds "$SERVER_SOCKET")
+        args+=(--uds "$SERVER_SOCKET" --disable-uvicorn-access-log)  # the gateway's log has who asked for what
         url="http://function-gemma-server:8000/v1, through the gateway and $SERVER_SOCKET"
     else
         args+=(--host 0.0.0.0 --port 8000)
@@ -156,6 +156,12 @@ serve() {
     # Last, so that no setting switches them on: vLLM's own loading of adapters would bypass their admission, and a second API server
     # would give the ids of the first to other adapters.
     export VLLM_ALLOW_RUNTIME_LORA_UPDATING=0
+    # On CPUs the engine computes by itself. A worker beside it, vLLM's default there, starts a third later and keeps a core busy
+    # while there are requests. As with it, one core is left to the rest.
+    if python3 -c 'from importlib.metadata import version; exit("cpu" not in version("vllm"))' 2>/dev/null; then
+        export VLLM_ENABLE_V1_MULTIPROCESSING=${VLLM_ENABLE_V1_MULTIPROCESSING:-0}
+        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc --ignore 1)}
+    fi
     describe_base
     exec vllm serve "$model_dir" "${args[@]}" "${extra[@]}" --api-server-count 1
 }

@@ -127,10 +127,7 @@ start_standby() {
     local name=$1 since
     say "$name: starts a standby"
     since=$(date +%s)
-    # On CPUs each vLLM binds its threads to the same cores, where one that starts would get next to nothing of a busy one's; and
-    # threads that wait for each other at every step wait long where others want all cores.
-    compose run -d -T --no-deps --name vllm-gemma-standby -e SERVER_SOCKET=/run/vllm/vllm-standby.sock \
-        -e VLLM_CPU_OMP_THREADS_BIND=nobind -e "OMP_NUM_THREADS=$((($(nproc) + 1) / 2))" "${name/gemma/server}" >/dev/null \
+    compose run -d -T --no-deps --name vllm-gemma-standby -e SERVER_SOCKET=/run/vllm/vllm-standby.sock "${name/gemma/server}" >/dev/null \
         || die "the standby was not started, see above; nothing was replaced"
     # Half a share, for what serves goes before what starts; and one that crashes has failed.
     docker update --cpu-shares 512 --restart no vllm-gemma-standby >/dev/null

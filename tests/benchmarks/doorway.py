@@ -1,6 +1,7 @@
 """The gateway against vLLM's own socket, in vLLM's container: `doorway.py ROUNDS REQUESTS`.
 
-Prints one JSON object. Rounds alternate between the two, so that what else the machine does meets both alike.
+Prints one JSON object. The two take turns, and each figure is compared within its round: what else the machine
+does meets both alike.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import httpx
 CLIENTS = 8
 BODY = {"model": os.environ.get("SERVER_MODEL", "google/functiongemma-270m-it"), "temperature": 0}
 MESSAGES = [{"role": "user", "content": "Who are you?"}]
+FIGURES = ("p50", "first", "rate")
 
 
 def ways() -> dict[str, httpx.AsyncClient]:
@@ -41,39 +43,34 @@ async def ask(client: httpx.AsyncClient, *, stream: bool) -> tuple[float, float]
     return first, time.perf_counter() - start
 
 
+async def measure(client: httpx.AsyncClient, requests: int) -> dict[str, float]:
+    """Ask one after another, for whole answers and for streams, then eight at a time."""
+    single = [(await ask(client, stream=False))[1] for _ in range(requests)]
+    streamed = [(await ask(client, stream=True))[0] for _ in range(requests)]
+    start = time.perf_counter()
+    for _ in range(requests // CLIENTS):
+        await asyncio.gather(*(ask(client, stream=False) for _ in range(CLIENTS)))
+    rate = requests // CLIENTS * CLIENTS / (time.perf_counter() - start)
+    return {"p50": median(single), "first": median(streamed), "rate": rate}
+
+
 async def main() -> None:
-    """Measure one request after another, then eight at a time."""
+    """Measure in rounds, and print the medians of each way and of what one way has more than the other."""
     rounds, requests = map(int, sys.argv[1:])
     clients = ways()
-    alone: dict[str, list[float]] = {name: [] for name in clients}
-    first: dict[str, list[float]] = {name: [] for name in clients}
-    rates: dict[str, list[float]] = {name: [] for name in clients}
+    seen: list[dict[str, dict[str, float]]] = []
     for number in range(rounds + 1):
-        for name, client in clients.items():
-            single = [await ask(client, stream=False) for _ in range(requests)]
-            streamed = [await ask(client, stream=True) for _ in range(requests)]
-            start = time.perf_counter()
-            for _ in range(requests // CLIENTS):
-                await asyncio.gather(*(ask(client, stream=False) for _ in range(CLIENTS)))
-            rate = requests // CLIENTS * CLIENTS / (time.perf_counter() - start)
-            if number:  # the first round warms up
-                alone[name] += [last for _, last in single]
-                first[name] += [one for one, _ in streamed]
-                rates[name].append(rate)
+        names = list(clients) if number % 2 else list(clients)[::-1]
+        seen.append({name: await measure(clients[name], requests) for name in names})
+    seen = seen[1:]  # the first warms up
     for client in clients.values():
         await client.aclose()
-    print(
-        json.dumps(
-            {
-                name: {
-                    "p50": median(alone[name]),
-                    "first": median(first[name]),
-                    "rate": median(rates[name]),
-                }
-                for name in clients
-            }
-        )
-    )
+    result = {name: {figure: median(one[name][figure] for one in seen) for figure in FIGURES} for name in clients}
+    result["more"] = {
+        figure: median(one["gateway"][figure] - one["socket"][figure] for one in seen) for figure in FIGURES
+    }
+    result["more"]["share"] = median(one["gateway"]["rate"] / one["socket"]["rate"] for one in seen)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ def run(tmp_path: Path) -> Run:
     (tmp_path / "run" / "vllm").mkdir(parents=True)
     for name, text in {
         "hf": HF,
-        "vllm": '#!/bin/sh\necho "vllm $*"\necho "$VLLM_PLUGINS $VLLM_ALLOW_RUNTIME_LORA_UPDATING"\n',
+        "vllm": '#!/bin/sh\necho "vllm $*"\necho "$VLLM_PLUGINS $VLLM_ALLOW_RUNTIME_LORA_UPDATING"\n'
+        'echo "in a process of its own: ${VLLM_ENABLE_V1_MULTIPROCESSING-unsaid}, threads: ${OMP_NUM_THREADS-unsaid}"\n',
     }.items():
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
@@ -140,15 +141,34 @@ def test_settings_become_arguments(run: Run) -> None:
     assert "--max-loras 3 " in served
     assert "--enable-prefix-caching" in served
     assert " --seed 1 " in served
-    assert served.splitlines()[-1].startswith("function_gemma ")
+    assert served.splitlines()[-2].startswith("function_gemma ")
 
 
 def test_no_setting_lets_adapters_in_past_the_plugin(run: Run) -> None:
     run("fetch")
     extra = {"SERVER_EXTRA_ARGS": "--api-server-count 2", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     served = run(**extra).stdout.splitlines()
-    assert served[-2].endswith(" --api-server-count 2 --api-server-count 1")  # the last one counts
-    assert served[-1] == "function_gemma 0"
+    assert served[-3].endswith(" --api-server-count 2 --api-server-count 1")  # the last one counts
+    assert served[-2] == "function_gemma 0"
+
+
+@pytest.mark.parametrize(
+    ("version", "settings", "said"),
+    [
+        ("0.32.0+cpu", {}, f"0, threads: {max(1, len(os.sched_getaffinity(0)) - 1)}"),
+        ("0.32.0+cpu", {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "7"}, "1, threads: 7"),
+        ("0.32.0", {}, "unsaid, threads: unsaid"),
+    ],
+)
+def test_on_cpus_the_engine_computes_by_itself_unless_the_settings_say_otherwise(
+    run: Run, tmp_path: Path, version: str, settings: dict[str, str], said: str
+) -> None:
+    run("fetch")
+    distribution = tmp_path / f"vllm-{version}.dist-info"
+    distribution.mkdir()
+    (distribution / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+    served = run(**settings, PYTHONPATH=str(tmp_path)).stdout
+    assert served.splitlines()[-1] == f"in a process of its own: {said}"
 
 
 def facts(socket: Path) -> dict[str, str]:
