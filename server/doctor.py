@@ -294,6 +294,9 @@ def checkout(host: Host) -> Iterator[Finding]:
     if plan.code:
         what = f"whether code and settings are what runs is not known: {plan.reason}"
         yield Finding(DEGRADED, what, f"{script} --no-pull --plan")
+    if f"update.sh: {SIDECAR} differs" in plan.out:
+        what = f"code or settings are not what runs: {SIDECAR} is replaced only when that is asked for"
+        yield Finding(NOTE, what, f"{script} --no-pull tailscale")
     for would in re.findall(r"^update\.sh: would ([^;\n]*)", plan.out, re.MULTILINE):
         name = would.rpartition(": ")[2]
         if would.startswith("pull "):

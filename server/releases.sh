@@ -113,5 +113,5 @@ go_back() {
     settings_files | xargs -r rm -f
     cp -rp "$releases/$to/settings/." .
     say "back to release $to, commit ${commit:0:12}"
-    exec "$checkout/server/update.sh" --pulled
+    exec "$checkout/server/update.sh" --pulled ${sidecar:+--sidecar}
 }

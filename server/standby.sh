@@ -1,6 +1,6 @@
 # Sourced by update.sh and backup.sh: their lock, what the gateway is told, and how it and vLLM are replaced while another answers.
 # shellcheck shell=bash
-# shellcheck disable=SC2154  # update.sh's variables
+# shellcheck disable=SC2034,SC2154  # update.sh's variables
 
 # What HAProxy answers to a command: control COMMAND [CONTAINER]
 control() {
@@ -13,8 +13,8 @@ control() {
 }
 gateway_standby_socket=/run/gateway/standby.sock
 
-# Of one of the gateway's servers: "UP QUEUED RUNNING"
-traffic() { control 'show stat vllm 4 -1' | awk -F, -v name="$1" '$2 == name {print $18, $3, $5}'; }
+# Of one of the gateway's servers, as BACKEND/NAME: "UP QUEUED RUNNING"
+traffic() { control "show stat ${1%/*} 4 -1" | awk -F, -v name="${1#*/}" '$2 == name {print $18, $3, $5}'; }
 
 there() { [[ -n $(docker ps -aq --filter "name=^/$1$") ]]; }
 
@@ -31,8 +31,13 @@ lock() {
 # shellcheck disable=SC2016  # the container's own variable
 ready() { docker exec "$1" sh -c 'exec healthcheck.py "$SERVER_SOCKET" /ready' >/dev/null 2>&1; }
 
+# The same of an agents service: answers CONTAINER [SOCKET]
+answers() { docker exec "$1" healthcheck.py "${2-/run/agents/agents.sock}" /agents/ >/dev/null 2>&1; }
+
+in_tailnet() { docker exec tailscale-vllm tailscale.sh health >/dev/null 2>&1; }
+
 # The name that the gateway has for a vLLM's container.
-server_of() { [[ $1 == vllm-gemma ]] && echo main || echo "${1/gemma-/}"; }
+server_of() { [[ $1 == vllm-gemma ]] && echo vllm/main || echo "vllm/${1/gemma-/}"; }
 
 # await TIME COMMAND…: until it is true, at most TIME (seconds, with an s)
 await() {
@@ -51,14 +56,14 @@ is_up() { [[ $(traffic "$1") == UP* ]]; }
 is_idle() { [[ $(traffic "$1") == *' 0 0' ]]; }
 
 # New requests go to this server too.
-admit() { control "set server vllm/$1 state ready" >/dev/null && await 30s is_up "$1"; }
+admit() { control "set server $1 state ready" >/dev/null && await 30s is_up "$1"; }
 
 # No new request goes to this server, which ends those it has. Where none other is up they wait at the gateway.
 drain() {
-    control "set server vllm/$1 state drain" >/dev/null
+    control "set server $1 state drain" >/dev/null
     await "$longest" is_idle "$1" || {
         say "cuts off requests that take longer than GATEWAY_LONGEST_REQUEST, $longest: $(traffic "$1" | cut -d ' ' -f 3)"
-        control "shutdown sessions server vllm/$1" >/dev/null
+        control "shutdown sessions server $1" >/dev/null
     }
 }
 
@@ -71,10 +76,13 @@ remove() {
 # as it should be. A standby that alone answers stays until another run, or the healer, finds the server ready.
 unsettled=.unsettled
 settle() {
-    local name
+    local name stays=''
     [[ -e $unsettled ]] || return 0
     if there gateway-gemma-standby && control 'show info' >/dev/null 2>&1; then
         remove gateway-gemma-standby
+    fi
+    if there agents-gemma-standby; then
+        if answers agents-gemma && admit agents/main; then end_standby agents; else stays=1; fi
     fi
     for name in "${vllms[@]}"; do
         if ready "$name"; then
@@ -84,18 +92,19 @@ settle() {
             say "$name does not answer and the standby does: it stays"
             return
         else
-            control "set server vllm/$(server_of "$name") state ready" >/dev/null || return 0
+            control "set server $(server_of "$name") state ready" >/dev/null || return 0
         fi
     done
-    ! there vllm-gemma-standby || end_standby
-    rm -f "$unsettled"
+    ! there vllm-gemma-standby || end_standby vllm
+    [[ $stays ]] || rm -f "$unsettled"
 }
 
+# end_standby BACKEND
 end_standby() {
     say "ends the standby"
-    drain standby || true
-    control 'set server vllm/standby state maint' >/dev/null || true
-    remove vllm-gemma-standby
+    drain "$1/standby" || true
+    control "set server $1/standby state maint" >/dev/null || true
+    remove "$1-gemma-standby"
 }
 
 # A second HAProxy listens on the same port while the first is replaced; each ends what it has begun.
@@ -107,6 +116,35 @@ roll_gateway() {
     compose up -d --no-build gateway || die "the gateway was not replaced, see above; the second one answers, and another run goes on from there"
     await 30s control 'show info' >/dev/null 2>&1 || die "the gateway does not start: docker logs gateway-gemma; the second one answers"
     remove gateway-gemma-standby
+}
+
+# What is asked for while it is replaced would wait, for a second or two.
+roll_agents() {
+    local socket=/run/agents/agents-standby.sock
+    say "agents-gemma: a second one takes over while it is replaced"
+    touch "$unsettled"
+    compose run -d -T --no-deps --name agents-gemma-standby -e "AGENTS_SERVER_SOCKET=$socket" agents >/dev/null
+    await 30s answers agents-gemma-standby "$socket" || die "the new agents service does not start, and was not replaced: $(docker logs agents-gemma-standby 2>&1)"
+    admit agents/standby || die "the gateway does not reach the second agents service: docker logs gateway-gemma"
+    drain agents/main
+    compose up -d --no-build agents || die "the agents service was not replaced, see above; the second one answers, and another run goes on from there"
+    await 30s answers agents-gemma || die "the agents service does not start: docker logs agents-gemma; the second one answers"
+    admit agents/main || die "the gateway does not reach agents-gemma: docker logs gateway-gemma; the second one answers"
+    end_standby agents
+}
+
+# It ends sessions through it, this run's own be it one of them; the run goes on.
+roll_sidecar() {
+    say "tailscale-vllm: is replaced"
+    compose up -d --no-build tailscale || die "tailscale-vllm was not replaced, see above; another run goes on from there"
+    await 60s in_tailnet && return
+    say "tailscale-vllm is not in the tailnet, and what was before returns: $(docker exec tailscale-vllm tailscale.sh health 2>&1)"
+    differs || {
+        TAILSCALE_VLLM_TAG=${former_sidecar:-dev}
+        keep_tags
+        compose up -d --no-build tailscale
+    }
+    bring_back
 }
 
 # Whether this host has memory for a second of the vLLM: surge or queue.
@@ -138,9 +176,7 @@ start_standby() {
 
 # Where no standby answers, what served last has to.
 bring_back() {
-    if [[ $1 == queue ]] && differs; then
-        (go_back "$(serving)") || true
-    fi
+    ! differs || (go_back "$(serving)") || true
     exit 1
 }
 
@@ -152,7 +188,7 @@ roll_vllm() {
     if [[ $how == surge ]]; then
         ready vllm-gemma-standby || start_standby "$name"
         say "$name: the standby takes over"
-        admit standby || die "the gateway does not reach the standby: docker logs gateway-gemma; $name serves as before"
+        admit vllm/standby || die "the gateway does not reach the standby: docker logs gateway-gemma; $name serves as before"
     else
         say "$name: requests wait while it is replaced"
     fi
@@ -166,9 +202,9 @@ roll_vllm() {
     (
         follow "$name" "$since"
         docker exec "$name" adapter_manager.py check || die "$name does not answer as it should, see above; another run goes on from there"
-    ) || bring_back "$how"
+    ) || { [[ $how == surge ]] || bring_back; exit 1; }
     full_share "$name"
     admit "$server" || die "the gateway does not reach $name: docker logs gateway-gemma"
     say "$name: serves"
-    ! there vllm-gemma-standby || end_standby
+    ! there vllm-gemma-standby || end_standby vllm
 }

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Brings this host to what the checkout and the settings say, and proves it by a reply.
-#   update.sh [--no-pull] [--plan | --build | --settle] [SERVICE…]
-#   update.sh [--plan] --to NUMBER | former
+#   update.sh [--no-pull] [--plan | --build | --settle] [--sidecar] [SERVICE…]
+#   update.sh [--plan] [--sidecar] --to NUMBER | former
 #   update.sh --releases
 # --no-pull  take the checkout as it is
 # --plan     say what would be pulled, built and replaced, and change nothing
@@ -10,7 +10,9 @@
 # --to       go back to a release on record, its code, settings and images; `former`: what served before, or what serves after
 #            an update that failed. Adapters stay as they are: adapter_manager.py has a rollback of its own
 # --releases show what is on record: the last UPDATE_RELEASES_KEPT (.env; 3) that served
-# SERVICE    only these (default: all); pod and tailscale are replaced only where they differ, as all are
+# --sidecar  replace the sidecar too where it differs, after all else, and take it back unless it is in the tailnet a minute later.
+#            Not asked for, one that runs stays as it is, for the sessions through it end, and is named
+# SERVICE    only these (default: all); `tailscale` asks for the sidecar
 # What serves is replaced while another of the new kind answers in its place; see standby.sh. UPDATE_STRATEGY in .env: `surge` does
 # that with vLLM too, `queue` lets requests wait at the gateway instead, `auto` (the default) is surge where memory suffices for two.
 # Until a new vLLM has answered, nothing is replaced. The last line is `changed=0` or `changed=1`. Another run waits for the one that holds server/.lock. Neither the end of the
@@ -57,7 +59,7 @@ pull() {
     after=$(git_ rev-parse HEAD)
     [[ $after != "$before" ]] || return 0
     say "pulled $branch: ${before:0:12} → ${after:0:12}"
-    exec "$checkout/server/update.sh" --pulled "${services[@]}"
+    exec "$checkout/server/update.sh" --pulled ${sidecar:+--sidecar} "${services[@]}"
 }
 
 # A tag for what is built: the Dockerfile, the files that it copies and the base that .env names. The same code is the same image.
@@ -85,7 +87,11 @@ tags() {
     GATEWAY_CONFIG_TAG=$(hash_files haproxy | sha256sum | cut -c1-12)
     vllms=(vllm-gemma)  # and those of further GPUs, which go with the first
     mapfile -t -O 1 vllms < <(sed -nE 's/^ *container_name: (vllm-gemma-[0-9]+)$/\1/p' <<<"$config")
-    if [[ ${#services[@]} -gt 0 ]] && wants vllm-server; then
+    former_sidecar=$(sed -n 's/^TAILSCALE_VLLM_TAG=//p' .env 2>/dev/null || true)
+    if [[ $all ]]; then
+        [[ $sidecar ]] || ! runs tailscale-vllm || spared=tailscale
+        mapfile -t services < <(compose config --services | grep -vx "$spared")
+    elif wants vllm-server; then
         services+=("${vllms[@]/gemma/server}")
     fi
     export FUNCTION_GEMMA_TAG TAILSCALE_VLLM_TAG GATEWAY_CONFIG_TAG
@@ -119,17 +125,22 @@ survey() {
         kept_tags+=(TAILSCALE_VLLM_TAG)
         [[ -n $(docker image ls -q "tailscale-vllm:$TAILSCALE_VLLM_TAG") ]] || build+=(tailscale)
     fi
-    lines=$(compose --dry-run up -d --no-build --pull never "${services[@]}" 2>&1) || die "$lines"
+    lines=$(compose --dry-run up -d --no-build --pull never "${services[@]}" ${spared:+"$spared"} 2>&1) || die "$lines"
     mapfile -t replace < <(sed -nE 's/.* Container ([0-9a-f]{12}_)?([^ ]+) +(Recreate|Creating|Starting)$/\2/p' <<<"$lines" | sort -u)
     # A pod that is replaced takes with it what lives in it.
-    if replaces function-gemma-pod && [[ ${#services[@]} -gt 0 && $1 != again ]]; then
+    if replaces function-gemma-pod && [[ $1 != again ]]; then
+        spared=''
         # Compose prints an empty line where there is no container yet.
         mapfile -t -O "${#services[@]}" services < <(compose ps -a --orphans=false --services | sed /^$/d)
         survey again
+    elif [[ $spared ]]; then
+        ! replaces tailscale-vllm || say "tailscale-vllm differs and stays as it is, for the sessions through it would end. When that suits: $checkout/server/update.sh --no-pull tailscale"
+        mapfile -t replace < <(printf '%s\n' "${replace[@]}" | sed '/^$/d;/^tailscale-vllm$/d')
+        TAILSCALE_VLLM_TAG=${former_sidecar:-dev}
     fi
 }
 
-wants() { [[ ${#services[@]} -eq 0 || " ${services[*]} " == *" $1 "* ]]; }
+wants() { [[ " ${services[*]} " == *" $1 "* ]]; }
 
 replaces() { [[ " ${replace[*]} " == *" $1 "* ]]; }
 
@@ -157,7 +168,7 @@ follow() {
 }
 
 main() {
-    plan='' build_only='' settle_only='' changed=0 services=()
+    plan='' build_only='' settle_only='' changed=0 services=() all='' sidecar='' spared=''
     local pull=1 to='' since name
     for word in "$@"; do
         if [[ $to == next ]]; then
@@ -171,11 +182,14 @@ main() {
         --build) build_only=1 ;;
         --settle) pull='' settle_only=1 ;;
         --to) pull='' to=next ;;
+        --sidecar) sidecar=1 ;;
         --releases) list_releases; return ;;
         -*) sed -n '2,/^set/{/^set/d;s/^# //;p}' "$0" >&2; exit 2 ;;
         *) services+=("$word") ;;
         esac
     done
+    [[ ${#services[@]} -gt 0 ]] || all=1
+    ! wants tailscale || sidecar=1
     update_strategy=$(sed -nE "s/^UPDATE_STRATEGY=['\"]?([^'\"]*).*/\1/p" .env 2>/dev/null || true)
     [[ ${update_strategy:=auto} =~ ^(auto|surge|queue)$ ]] || die "UPDATE_STRATEGY in server/.env is auto, surge or queue, not $update_strategy"
     ! grep -qs ^GATEWAY_LONGEST_REQUEST= gateway.env || die "GATEWAY_LONGEST_REQUEST belongs in server/.env: move its line there from server/gateway.env"
@@ -230,10 +244,16 @@ main() {
             roll_vllm "$name" "$(strategy "$name")"
         fi
     done
+    if replaces agents-gemma && runs gateway-gemma && ! replaces function-gemma-pod && answers agents-gemma; then
+        roll_agents
+    fi
+    if replaces tailscale-vllm && ! replaces function-gemma-pod && in_tailnet; then
+        roll_sidecar
+    fi
     keep_tags
     since=$(date +%s)
     # All services includes to be rid of those that are in the compose files no more.
-    [[ ${#replace[@]} -eq 0 ]] || compose up -d --no-build "${services[@]:---remove-orphans}" || die "not all containers were started, see above; another run goes on from there"
+    [[ ${#replace[@]} -eq 0 ]] || compose up -d --no-build ${all:+--remove-orphans} "${services[@]}" || die "not all containers were started, see above; another run goes on from there"
     # A reply proves what answers requests; pod and tailscale alone are brought up before there is a model.
     if wants vllm-server || wants gateway; then
         for name in "${vllms[@]}"; do
@@ -242,7 +262,7 @@ main() {
         # Where nothing was asked for and nothing has changed, site.yml's own check is the proof.
         [[ -z $pull && $changed == 0 ]] || docker exec vllm-gemma python3 /usr/local/bin/test_connection.py --base-url http://127.0.0.1:8000/v1 \
             || die "the stack runs, but gave no reply, see above"
-        [[ ${#services[@]} -gt 0 ]] || record
+        [[ ! $all ]] || record
     fi
     echo "changed=$changed"
 }

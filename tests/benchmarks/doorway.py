@@ -1,7 +1,7 @@
 """The gateway against vLLM's own socket, in vLLM's container: `doorway.py ROUNDS REQUESTS`.
 
-Prints one JSON object. The two take turns, and each figure is compared within its round: what else the machine
-does meets both alike.
+Prints one JSON object. The two take turns, and each figure is compared within its round: what else the
+machine does meets both alike.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ async def main() -> None:
     seen = seen[1:]  # the first warms up
     for client in clients.values():
         await client.aclose()
-    result = {name: {figure: median(one[name][figure] for one in seen) for figure in FIGURES} for name in clients}
+    result = {
+        name: {figure: median(one[name][figure] for one in seen) for figure in FIGURES} for name in clients
+    }
     result["more"] = {
         figure: median(one["gateway"][figure] - one["socket"][figure] for one in seen) for figure in FIGURES
     }

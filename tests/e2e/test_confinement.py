@@ -40,7 +40,7 @@ CONTAINERS = {
         {"/dev/net/tun"},
         {"/var/run/docker.sock rw", f"{CHECKOUT} rw", f"{SERVER}/secrets/tailscale ro"},
     ),
-    "gateway-gemma": Confined("10002:10000", "pod", 512, GIB, host={f"{SERVER}/haproxy ro"}),
+    "gateway-gemma": Confined("10002:10000", "pod", 64, GIB, host={f"{SERVER}/haproxy ro"}),
     "vllm-gemma": Confined(
         "10001:10000", "pod", host={f"{CHECKOUT}/agents ro", f"{SERVER}/secrets/huggingface ro"}
     ),

@@ -405,6 +405,12 @@ CASES: dict[str, tuple[Callable[[Fake], None], str, str, str]] = {
         "an update would pull main: 1 → 2",
         "/update.sh",
     ),
+    "a sidecar that differs": (
+        says("update.sh --plan", "update.sh: tailscale-vllm differs and stays as it is\nchanged=0"),
+        "healthy",
+        "tailscale-vllm is replaced only when that is asked for",
+        "/update.sh --no-pull tailscale",
+    ),
     "a forge that is away": (
         says("update.sh --plan", LOSES),
         "healthy",

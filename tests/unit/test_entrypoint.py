@@ -41,7 +41,7 @@ def run(tmp_path: Path) -> Run:
     for name, text in {
         "hf": HF,
         "vllm": '#!/bin/sh\necho "vllm $*"\necho "$VLLM_PLUGINS $VLLM_ALLOW_RUNTIME_LORA_UPDATING"\n'
-        'echo "in a process of its own: ${VLLM_ENABLE_V1_MULTIPROCESSING-unsaid}, threads: ${OMP_NUM_THREADS-unsaid}"\n',
+        'echo "worker apart: ${VLLM_ENABLE_V1_MULTIPROCESSING-unsaid}, threads: ${OMP_NUM_THREADS-unsaid}"\n',
     }.items():
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
@@ -168,7 +168,7 @@ def test_on_cpus_the_engine_computes_by_itself_unless_the_settings_say_otherwise
     distribution.mkdir()
     (distribution / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
     served = run(**settings, PYTHONPATH=str(tmp_path)).stdout
-    assert served.splitlines()[-1] == f"in a process of its own: {said}"
+    assert served.splitlines()[-1] == f"worker apart: {said}"
 
 
 def facts(socket: Path) -> dict[str, str]:

@@ -22,16 +22,22 @@ case "$*" in
         name="$*" name=${name#*--name } name=${name%% *}
         [[ -e $FAKE/standby-fails ]] || touch "$FAKE/containers/$name" ;;
     "rm -f "*) rm -f "$FAKE/containers/$3" ;;
-    "exec gateway-gemma"*"set server vllm/"*)
+    "exec gateway-gemma"*"set server "*)
         words=(${!#})
-        echo "${words[4]}" >"$gateway/${words[2]#vllm/}" ;;
-    "exec gateway-gemma"*"show stat"*)
-        for server in "$gateway"/*; do
+        echo "${words[4]}" >"$gateway/${words[2]}" ;;
+    "exec gateway-gemma"*"show stat "*)
+        words=(${!#})
+        for server in "$gateway/${words[2]}"/*; do
             [[ $(cat "$server") == ready ]] && state=UP || state=MAINT
-            echo "vllm,${server##*/},0,0,0,,,,,,,,,,,,,$state,1"
+            echo "${words[2]},${server##*/},0,0,0,,,,,,,,,,,,,$state,1"
         done ;;
     "top "*) cat "$FAKE/rss" 2>/dev/null || printf "PID RSS\\n1 1000\\n" ;;
-    "exec vllm-gemma-standby "*"healthcheck.py"*) [[ -e $FAKE/containers/vllm-gemma-standby ]] ;;
+    "exec "*-standby" "*"healthcheck.py"*) [[ -e $FAKE/containers/$2 ]] ;;
+    "exec agents-gemma "*) [[ ! -e $FAKE/agents-fail ]] ;;
+    "exec tailscale-vllm "*) [[ ! -e $FAKE/no-tailnet ]] || { echo "not in the tailnet"; exit 1; } ;;
+    "compose up "*" tailscale")
+        echo "$TAILSCALE_VLLM_TAG" >>"$FAKE/sidecars"
+        [[ ! -e $FAKE/up-fails ]] || touch "$FAKE/no-tailnet" ;;
     *" adapter_manager.py check") ! rm "$FAKE/check-fails" 2>/dev/null ;;
     "compose config --images")
         echo "vllm-gemma:$FUNCTION_GEMMA_TAG"
@@ -40,6 +46,9 @@ case "$*" in
     "image ls --format "*) ls "$FAKE/images" ;;
     "image rm "*) rm "$FAKE/images/$3" ;;
     *" adapter_manager.py list") echo "lint  sha256:a" ;;
+    "compose config --services")
+        printf '%s\\n' pod tailscale gateway vllm-server agents
+        sed -nE 's/^ *container_name: vllm-gemma(-[0-9]+)$/vllm-server\\1/p' "$FAKE/config" 2>/dev/null ;;
     "compose config") cat "$FAKE/config" 2>/dev/null || true ;;
     "compose --dry-run up "*) cat "$FAKE/dry-run" 2>/dev/null || true ;;
     "image ls -q "*) cat "$FAKE/images/${!#}" 2>/dev/null || true ;;
@@ -72,7 +81,8 @@ class Host:
     def __init__(self, path: Path) -> None:
         self.fake, self.forge, self.clone = path / "fake", path / "forge", path / "clone"
         (self.fake / "containers").mkdir(parents=True)
-        (self.fake / "gateway").mkdir()
+        for backend in ("vllm", "agents"):
+            (self.fake / "gateway" / backend).mkdir(parents=True)
         self.runs("vllm-gemma", "vllm-gemma-1")
         (self.fake / "docker").write_text(DOCKER)
         (self.fake / "docker").chmod(0o755)
@@ -112,13 +122,14 @@ class Host:
             (self.fake / "containers" / name).touch()
 
     def serves(self) -> None:
-        """Let the gateway run and send its requests to vllm-gemma."""
+        """Let the gateway run and send its requests to vllm-gemma and agents-gemma."""
         self.runs("gateway-gemma")
-        (self.fake / "gateway" / "main").write_text("ready\n")
-        (self.fake / "gateway" / "standby").write_text("maint\n")
+        for backend in (self.fake / "gateway").iterdir():
+            (backend / "main").write_text("ready\n")
+            (backend / "standby").write_text("maint\n")
 
-    def gateway(self) -> dict[str, str]:
-        return {path.name: path.read_text().strip() for path in (self.fake / "gateway").iterdir()}
+    def gateway(self, backend: str = "vllm") -> dict[str, str]:
+        return {path.name: path.read_text().strip() for path in (self.fake / "gateway" / backend).iterdir()}
 
     def calls(self) -> list[str]:
         log = self.fake / "log"
@@ -409,13 +420,14 @@ def test_the_vllms_of_further_gpus_go_with_the_first_and_those_of_none_go(host: 
     host.update("--no-pull", "vllm-server")
     assert "compose up -d --no-build vllm-server vllm-server vllm-server-1" in host.calls()
     host.update("--no-pull")
-    assert "compose up -d --no-build --remove-orphans" in host.calls()
+    every = "pod tailscale gateway vllm-server agents vllm-server-1"
+    assert f"compose up -d --no-build --remove-orphans {every}" in host.calls()
 
 
 def test_a_wrong_option_shows_the_usage_and_does_nothing(host: Host) -> None:
     result = host.update("--bogus")
     assert result.returncode == 2
-    assert "update.sh [--no-pull] [--plan | --build | --settle] [SERVICE…]" in result.stdout
+    assert "update.sh [--no-pull] [--plan | --build | --settle] [--sidecar] [SERVICE…]" in result.stdout
     assert host.calls() == []
 
 
@@ -489,8 +501,8 @@ def test_what_a_killed_run_left_is_ended_and_one_that_alone_answers_is_not(host:
     host.runs("vllm-gemma-standby", "gateway-gemma-standby")
     unsettled = host.clone / "server" / ".unsettled"
     unsettled.touch()
-    (host.fake / "gateway" / "main").write_text("drain\n")
-    (host.fake / "gateway" / "standby").write_text("ready\n")
+    (host.fake / "gateway" / "vllm" / "main").write_text("drain\n")
+    (host.fake / "gateway" / "vllm" / "standby").write_text("ready\n")
     (host.fake / "health").write_text("starting 0 loading\n")
     assert "the standby does: it stays" in host.update("--settle").stdout
     assert host.gateway()["standby"] == "ready"
@@ -517,6 +529,87 @@ def test_a_second_gateway_listens_while_the_first_is_replaced(host: Host) -> Non
     assert order == sorted(order)
 
 
+REPLACE_AGENTS = " DRY-RUN MODE -  Container 0123456789ab_agents-gemma  Recreate\n"
+REPLACE_SIDECAR = " DRY-RUN MODE -  Container 0123456789ab_tailscale-vllm  Recreate\n"
+
+
+def test_a_second_agents_service_answers_while_the_first_is_replaced(host: Host) -> None:
+    host.serves()
+    (host.fake / "dry-run").write_text(REPLACE_AGENTS)
+    assert last(host.update("--no-pull")) == "changed=1"
+    order = positions(
+        host.calls(),
+        "--name agents-gemma-standby -e AGENTS_SERVER_SOCKET=/run/agents/agents-standby.sock agents",
+        "exec agents-gemma-standby healthcheck.py /run/agents/agents-standby.sock",
+        "set server agents/standby state ready",
+        "set server agents/main state drain",
+        "compose up -d --no-build agents",
+        "set server agents/main state ready",
+        "set server agents/standby state drain",
+        "set server agents/standby state maint",
+        "rm -f agents-gemma-standby",
+    )
+    assert order == sorted(order)
+    assert host.gateway("agents") == {"main": "ready", "standby": "maint"}
+
+
+def test_a_second_agents_service_that_alone_answers_stays_until_the_first_does(host: Host) -> None:
+    host.serves()
+    host.runs("agents-gemma-standby")
+    (host.clone / "server" / ".unsettled").touch()
+    (host.fake / "gateway" / "agents" / "main").write_text("drain\n")
+    (host.fake / "gateway" / "agents" / "standby").write_text("ready\n")
+    (host.fake / "agents-fail").touch()
+    host.update("--settle")
+    assert host.gateway("agents") == {"main": "drain", "standby": "ready"}
+    (host.fake / "agents-fail").unlink()
+    host.update("--settle")
+    assert host.gateway("agents") == {"main": "ready", "standby": "maint"}
+    assert not (host.fake / "containers" / "agents-gemma-standby").exists()
+
+
+def sidecars(host: Host) -> list[str]:
+    """The tags of the sidecars that compose was told to bring up alone."""
+    path = host.fake / "sidecars"
+    return path.read_text().split() if path.exists() else []
+
+
+def test_a_sidecar_that_runs_is_replaced_only_when_asked_for(host: Host) -> None:
+    host.update("--no-pull", "tailscale")
+    before = host.tags()["TAILSCALE_VLLM_TAG"]
+    host.serves()
+    host.runs("tailscale-vllm")
+    (host.fake / "dry-run").write_text(REPLACE_SIDECAR + REPLACE_AGENTS)
+    (host.clone / "server" / "tailscale.sh").write_text("other\n")
+    unasked = host.update("--no-pull")
+    assert "update.sh --no-pull tailscale" in unasked.stdout
+    assert "replace or start: tailscale-vllm" not in unasked.stdout
+    assert "compose up -d --no-build --remove-orphans pod gateway vllm-server agents" in host.calls()
+    assert host.tags()["TAILSCALE_VLLM_TAG"] == before
+    assert sidecars(host) == []
+    (host.fake / "dry-run").write_text(REPLACE_SIDECAR)
+    assert last(host.update("--no-pull")) == "changed=0"
+    assert last(host.update("--no-pull", "--sidecar")) == "changed=1"
+    assert sidecars(host)[0] == host.tags()["TAILSCALE_VLLM_TAG"] != before
+
+
+def test_a_sidecar_that_is_not_in_the_tailnet_is_taken_back(host: Host) -> None:
+    host.update("--no-pull", "tailscale")
+    before = host.tags()["TAILSCALE_VLLM_TAG"]
+    host.runs("tailscale-vllm")
+    (host.fake / "dry-run").write_text(REPLACE_SIDECAR)
+    (host.clone / "server" / "tailscale.sh").write_text("other\n")
+    (host.fake / "up-fails").touch()
+    text = (host.clone / "server" / "standby.sh").read_text()
+    (host.clone / "server" / "standby.sh").write_text(text.replace("await 60s", "await 0s"))
+    result = host.update("--no-pull", "tailscale")
+    assert result.returncode == 1
+    assert "tailscale-vllm is not in the tailnet, and what was before returns" in result.stdout
+    assert sidecars(host)[1:] == [before]
+    assert sidecars(host)[0] != before
+    assert host.tags()["TAILSCALE_VLLM_TAG"] == before
+
+
 def test_a_longest_request_without_a_unit_changes_nothing(host: Host) -> None:
     (host.fake / "config").write_text("      GATEWAY_LONGEST_REQUEST: 5m\n")
     result = host.update("--no-pull")
@@ -527,7 +620,7 @@ def test_a_longest_request_without_a_unit_changes_nothing(host: Host) -> None:
 
 def test_a_server_that_a_killed_run_drained_gets_requests_again_once_it_is_ready(host: Host) -> None:
     host.serves()
-    (host.fake / "gateway" / "main").write_text("drain\n")
+    (host.fake / "gateway" / "vllm" / "main").write_text("drain\n")
     (host.fake / "health").write_text("starting 0 loading\n")
     (host.clone / "server" / ".unsettled").touch()
     assert host.update("--settle").returncode == 0
