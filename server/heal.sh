@@ -19,7 +19,7 @@ mapfile -t all < <(docker ps -aq --no-trunc --filter "label=com.docker.compose.p
 [[ ${#all[@]} -gt 0 ]] || exit 0  # never started, or taken down
 
 say() {
-    echo "the healer, process $$, since $(date '+%F %T %Z')" >.lock
+    echo "the healer, process $$, since $(date '+%F %T %Z')" >.lock || true  # on a full disk it mends as well
     echo "heal.sh: $*"
 }
 

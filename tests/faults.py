@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from common import LOGS, ROOT
 from report import Table, machine
-from stack import CHECKOUT, answers, call, clients, host, reaches, until
+from stack import BASE, CHECKOUT, answers, call, clients, host, reaches, until
 from steps import Step, run, say
 
 if TYPE_CHECKING:
@@ -47,10 +47,8 @@ BOTTOM = """
 Without live-restore, which the role docker turns on, the node ends before its callers are told: who waits for
 an answer then notices by a time limit of its own, here 300 s.
 
-## What is not run
-
-A full disk, as the lab's host has none of its own. A vLLM whose weights became NaN: what it answers counts
-as no token (tests/unit/test_pulse.py), so that it is restarted as one that has stopped.
+The full disk is one that the engine's containers and volumes and the checkout are put on; a change of the
+adapters that it has no room for is refused, and vLLM and gateway, killed then, are back before there is room.
 """
 
 
@@ -61,7 +59,8 @@ class Fault:
     name: str
     mended: str
     command: str | Callable[[], object]
-    after: str = "true"  # what takes back a setting that the fault needs
+    before: str = "true"  # what the fault needs
+    after: str = "true"  # what takes that back
 
     @property
     def head(self) -> str:
@@ -109,6 +108,69 @@ group=/sys/fs/cgroup/memory/$(sed -n 's/.*:memory://p' /proc/$pid/cgroup)
 echo $(($(cat $group/memory.usage_in_bytes) + 50000000)) >$group/memory.limit_in_bytes
 docker exec -d vllm-gemma python3 -c 'b"x" * 400_000_000'
 """
+# What the stack writes, on a small disk of its own.
+SMALL_DISK = f"""
+set -e
+systemctl stop function-gemma-heal.timer
+docker stop -t 10 $(docker ps -q)
+systemctl stop docker.socket docker
+mkdir -p /run/small
+mount -t tmpfs -o size=4g tmpfs /run/small
+cp -a /var/lib/docker/containers /var/lib/docker/volumes {CHECKOUT} /run/small
+mount -o remount,size=$(($(du -sk /run/small | cut -f1) + 50000))k /run/small
+mount --bind /run/small/containers /var/lib/docker/containers
+mount --bind /run/small/volumes /var/lib/docker/volumes
+mount --bind /run/small/{CHECKOUT.rpartition("/")[2]} {CHECKOUT}
+systemctl start docker
+systemctl start function-gemma-heal.timer function-gemma-heal.service
+"""
+OWN_DISK = f"""
+set -e
+systemctl stop function-gemma-heal.timer
+docker stop -t 10 $(docker ps -q)
+systemctl stop docker.socket docker
+umount {CHECKOUT} /var/lib/docker/volumes /var/lib/docker/containers /run/small
+systemctl start docker
+systemctl start function-gemma-heal.timer function-gemma-heal.service
+"""
+
+
+def full_disk() -> None:
+    """Leave no room, not even for a load; end gateway and vLLM, and make room once both are back."""
+    host("cat /dev/zero >/run/small/fill", ok=False)
+    refused = host("docker exec vllm-gemma adapter_manager.py unload lint", ok=False)
+    assert "No space left on device" in refused.words, str(refused)
+    starts = f"docker inspect -f '{{{{.State.StartedAt}}}}' {GATEWAY} {VLLM}"
+    before = host(starts).stdout.split()
+    host(f"{killed(GATEWAY)} && {killed(VLLM)}")
+    until("both are started again", lambda: not set(before) & set(host(starts).stdout.split()))
+    until("the stack is whole again, without room", all_run, LONGEST)
+    host("rm /run/small/fill")
+
+
+# Not a number wherever the last norm of the served model has a weight.
+POISON = rf"""
+model=$(docker volume inspect -f '{{{{.Mountpoint}}}}' function-gemma-server_models-base)/{BASE}
+python3 - $(pgrep -f ^VLLM::EngineCore) $model/model.safetensors <<'END'
+import json, re, sys
+process, path = sys.argv[1:]
+with open(path, "rb") as file:
+    size = int.from_bytes(file.read(8), "little")
+    start, end = json.loads(file.read(size))["model.norm.weight"]["data_offsets"]
+    file.seek(8 + size + start)
+    weights = file.read(end - start)
+found = 0
+with open(f"/proc/{{process}}/maps") as maps, open(f"/proc/{{process}}/mem", "r+b", buffering=0) as memory:
+    for start, end in re.findall(r"^(\w+)-(\w+) rw\S* \S+ \S+ 0 ", maps.read(), re.MULTILINE):
+        start, end = int(start, 16), int(end, 16)
+        memory.seek(start)
+        place = memory.read(end - start).find(weights)
+        if place >= 0:
+            memory.seek(start + place)
+            found += memory.write(b"\xff" * len(weights))
+sys.exit(not found)
+END
+"""
 LIVE_RESTORE = (
     'sed -i \'s/"live-restore": {}/"live-restore": {}/\' /etc/docker/daemon.json && systemctl reload docker'
 )
@@ -132,7 +194,7 @@ def plan() -> list[Fault]:
             "engine restarted without live-restore",
             "restart policy and healer",
             f"{LIVE_RESTORE.format('true', 'false')} && systemctl restart docker",
-            LIVE_RESTORE.format("false", "true"),
+            after=LIVE_RESTORE.format("false", "true"),
         ),
         Fault("engine killed", "systemd, live-restore", "kill -9 $(pidof dockerd)"),
         Fault(
@@ -141,6 +203,8 @@ def plan() -> list[Fault]:
         Fault("host restarted", "restart policy and healer", reboot),
         Fault("host without power, files half written", "restart policy and healer", power_loss),
         Fault("vLLM out of memory", policy, OUT_OF_MEMORY),
+        Fault("disk full, gateway and vLLM killed", policy, full_disk, SMALL_DISK, OWN_DISK),
+        Fault("vLLM's weights overwritten by NaN", "the healer", POISON),
         Fault("vLLM's engine stopped (SIGSTOP)", "the healer", "pkill -STOP -f VLLM::EngineCore"),
         Fault(
             "all of vllm-gemma stopped (SIGSTOP)",
@@ -152,6 +216,8 @@ def plan() -> list[Fault]:
 
 def measure(fault: Fault) -> tuple[float, int, int]:
     """Break the stack; return the seconds that it was away, and how many requests failed of how many."""
+    host(fault.before)
+    until("the stack is whole", all_run, LONGEST)
     with clients(2, 0.1) as seen:
         until("the clients are answered", lambda: reaches("/v1/models"))
         start = time.time()
@@ -169,6 +235,7 @@ def measure(fault: Fault) -> tuple[float, int, int]:
 
         until("the stack is whole again", back, LONGEST)
     host(fault.after)
+    until("the stack is whole, and as it was", all_run, LONGEST)
     held = [
         began + seconds - start
         for began, seconds, right in seen["times"]

@@ -12,10 +12,12 @@ from stack import (
     containers,
     host,
     host_head,
+    laptop,
     nothing_failed,
     playbook,
     replaced,
     server,
+    until,
 )
 
 UPDATE = "./update.sh --no-pull"
@@ -113,3 +115,33 @@ def test_a_rollback_brings_back_what_served_before_and_fails_no_request() -> Non
     assert host_head() == head
     assert replaced(before) == {"gateway-gemma"}
     assert "maxconn 2000" in server("cat haproxy/haproxy.cfg").stdout
+
+
+def test_a_sidecar_is_replaced_when_that_is_asked_for_also_by_a_session_that_ends_with_it() -> None:
+    before = containers()
+    server("echo TAILSCALE_EXTRA_ARGS=--accept-dns >>tailscale.env")
+    unasked = server(UPDATE)
+    assert "update.sh --no-pull tailscale" in unasked.stdout
+    assert unasked.last == "changed=0"
+    assert not replaced(before)
+    laptop("ssh root@function-gemma-server ./update.sh --no-pull tailscale", ok=None)
+    until("the run has ended", lambda: server("tail -n 1 .update.log").last == "changed=1")
+    assert replaced(before) & before.keys() == {"tailscale-vllm"}  # the run's own container is left too
+    server("tar -xf /run/e2e.tar && ./update.sh --no-pull --sidecar")
+
+
+def test_a_sidecar_that_does_not_join_is_taken_back() -> None:
+    server("./update.sh", seconds=400)  # it may be at a change that was taken back since
+    before = containers()
+    tag = server("grep TAILSCALE_VLLM_TAG .env").stdout
+    try:
+        with commit("server/tailscale.sh", "    containerboot &\n", "    sleep 600 &\n"):
+            unasked = playbook("update.yml")
+            assert "update.sh --no-pull tailscale" in unasked.words
+            assert not replaced(before)
+            asked = server("./update.sh --no-pull tailscale", ok=False, seconds=400)
+    finally:
+        server("./update.sh", seconds=400)
+    assert "tailscale-vllm is not in the tailnet, and what was before returns" in asked.words
+    assert replaced(before) == {"tailscale-vllm"}
+    assert server("grep TAILSCALE_VLLM_TAG .env").stdout == tag

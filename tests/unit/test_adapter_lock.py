@@ -1,6 +1,7 @@
 """One change at a time; whoever waits learns for whom."""
 
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -56,3 +57,14 @@ def test_a_killed_holder_is_not_in_the_way(tmp_path: Path) -> None:
         assert lines == []
         assert "me (process" in (tmp_path / ".lock").read_text()
         assert "load lint" not in (tmp_path / ".lock").read_text()
+
+
+def test_where_there_is_no_room_for_its_note_the_lock_is_held_without(tmp_path: Path) -> None:
+    size = resource.RLIMIT_FSIZE
+    before = resource.getrlimit(size)
+    resource.setrlimit(size, (0, before[1]))
+    try:
+        with lock.hold(tmp_path / ".lock", "adapter_manager.py prune", print):
+            assert (tmp_path / ".lock").read_text() == ""
+    finally:
+        resource.setrlimit(size, before)

@@ -3,7 +3,7 @@
 import fcntl
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,8 +23,9 @@ def hold(path: Path, holder: str, notify: Callable[[str], None]) -> Iterator[Non
             notify(f"waiting for {path}, held by {file.read().strip() or 'a process that has just started'}")
             fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)
-        file.write(f"{holder} (process {os.getpid()}) since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n")
-        file.flush()
+        note = f"{holder} (process {os.getpid()}) since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n"
+        with suppress(OSError):  # what makes room on a full disk needs the lock too
+            os.write(file.fileno(), note.encode())
         try:
             yield
         finally:
