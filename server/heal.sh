@@ -43,6 +43,7 @@ if [[ -n $idle ]]; then
     mapfile -t all < <(docker compose ps -aq --no-trunc)
 fi
 
+# By name: the gateway before the sidecar, so that who gets through is heard, and last vLLM, which takes longest to end.
 pod=$(docker inspect -f '{{.Id}} {{.State.Pid}}' function-gemma-pod)
 namespace=$(readlink "/proc/${pod#* }/ns/net")
 while read -r name state pid network started health output; do
@@ -59,4 +60,4 @@ while read -r name state pid network started health output; do
         say "$name is unhealthy: $output"
         docker restart -t 10 "$name" </dev/null
     fi
-done < <(inspect "${all[@]}")
+done < <(inspect "${all[@]}" | sort)

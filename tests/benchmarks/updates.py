@@ -10,20 +10,21 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from report import machine
-from stack import answers, clients, commit, host, server, ssh
+from stack import CHECKOUT, answers, clients, commit, host, playbook, server, ssh
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "updates.md"
 CHANGED = "server/function_gemma/__init__.py"
 UPDATES, CLIENTS, PAUSE, BEFORE = 5, 8, 0.25, 20  # the last: seconds of calls before an update
 ROUNDS, REQUESTS = 60, 8
-TAKES_OVER = "the standby takes over"
+PULLED, TAKES_OVER, DONE = "update.sh: pulled", "the standby takes over", "changed="  # as .update.log says
 HOG = """
 image=$(docker inspect -f '{{{{.Image}}}}' vllm-gemma)
 docker run --rm --network none --cpu-shares 512 --entrypoint sh "$image" -c '
@@ -34,9 +35,9 @@ TOP = """# Updates under callers
 
 Made by `make bench` on {date}: {machine}.
 {clients} clients on the laptop ask the base model and two adapters by turns, every other time for a stream,
-and pause {pause} ms. Each answer is compared with what its model says. An update pulls a commit that changes
-vLLM's image, builds it, and replaces vLLM and the agents service. Clients, both vLLMs and the build share the
-cores.
+and pause {pause} ms. Each answer is compared with what its model says. An update is update.yml, which pulls a
+commit that changes vLLM's image, builds it, and replaces vLLM and the agents service. Clients, vLLMs, the
+build and Ansible share the cores. *Seconds* are the host's own, from the pull to the last check.
 
 Wanted: 0 failed of at least 2,000 requests; p99 while the roles change hands, from the standby's proof to the
 end, at most 2 times that before. Until the proof the standby starts; *a hog* is a program that only computes,
@@ -71,18 +72,29 @@ def p99(times: list[list[float]], start: float, end: float) -> float:
 
 
 def update() -> tuple[float, float, float]:
-    """Update the host; return when that began, when the standby was proven, and when it ended."""
-    start, proven = time.time(), 0.0
-    with subprocess.Popen(
-        ssh("/opt/function-gemma-server/server/update.sh"), stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout
-        for line in process.stdout:
-            if TAKES_OVER in line:
-                proven = time.time()
-    if process.returncode or not proven:
-        raise SystemExit("the update failed or used no standby: server/.update.log on the host")
-    return start, proven, time.time()
+    """Run update.yml; return when the host began, when the standby was proven, and when the host was done."""
+    moments: dict[str, float] = {}
+    follow = ssh(f"cd {CHECKOUT}/server && exec timeout 600 tail -n 0 -F .update.log")
+    with subprocess.Popen(follow, stdout=subprocess.PIPE, text=True) as log:
+        assert log.stdout
+        lines = log.stdout
+
+        def watch() -> None:
+            for line in lines:
+                moment = next((one for one in (PULLED, TAKES_OVER, DONE) if one in line), "")
+                if moment:
+                    moments[moment] = time.time()
+                if moment == DONE:
+                    return
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        playbook("update.yml", seconds=600)
+        watcher.join(10)
+        log.kill()
+    if moments.keys() != {PULLED, TAKES_OVER, DONE}:
+        raise SystemExit("the update used no standby: server/.update.log on the host")
+    return moments[PULLED], moments[TAKES_OVER], moments[DONE]
 
 
 def measure_update(number: int) -> str:
@@ -90,12 +102,13 @@ def measure_update(number: int) -> str:
     say(f"update {number} of {UPDATES}")
     with commit(CHANGED, '"""', f'"""Benchmark {time.time():.0f}: '), clients(CLIENTS, PAUSE) as seen:
         time.sleep(BEFORE)  # what is measured: calls without an update
+        begun = time.time()
         start, proven, end = update()
         hogged = time.time()
         host(HOG.format(seconds=round(proven - start)))
         done = time.time()
     times = seen["times"]
-    before, meanwhile = p99(times, 0, start), p99(times, proven, end)
+    before, meanwhile = p99(times, 0, begun), p99(times, proven, end)
     failed = sum(seen["failures"].values())
     row = (
         f"| {number} | {seen['requests']:,} | {failed} | {end - start:.0f} | {proven - start:.0f} "
