@@ -108,16 +108,19 @@ async def test_one_that_goes_on_is_well_again(engine: Engine, clock: Clock, hear
 
 
 async def test_what_nan_answers_is_no_token_be_it_given_to_callers(
-    engine: Engine, clock: Clock, heart: Pulse
+    engine: Engine, clock: Clock, heart: Pulse, step: Gauge
 ) -> None:
-    async def answer_callers() -> None:
-        for _ in range(2 * LIMIT):
+    async def answer_callers(seconds: int) -> None:
+        for _ in range(seconds):
             engine.usage.hear(engine.output())
+            step.inc()
             await clock.watch(heart, 1)
 
     engine.tokens = (0, 0)
-    with pytest.raises(EngineError):
-        await answer_callers()
+    with pytest.raises(EngineError, match="answers, and has given no token"):
+        await answer_callers(QUIET + 2)
+    engine.tokens = (7,)
+    await answer_callers(2 * QUIET)
 
 
 async def test_an_engine_that_reads_a_long_prompt_is_not_stuck(

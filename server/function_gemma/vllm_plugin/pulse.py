@@ -38,6 +38,7 @@ class Pulse:
         self._moved = monotonic()  # when the engine was last seen at work
         self._work: list[float] = []
         self._question: asyncio.Task[None] | None = None
+        self._mute = False  # whether the last question was answered, and by no token
 
     def check(self) -> None:
         """Raise EngineError where the engine gives no tokens; waits for none."""
@@ -47,19 +48,24 @@ class Pulse:
         if self._question is None or self._question.done():
             self._work = _work()
             self._question = asyncio.create_task(self._ask())
-        elif (work := _work()) != self._work:
+        elif not self._mute and (work := _work()) != self._work:
             self._work, self._moved = work, now
             return
+        if self._mute:
+            raise EngineError(f"the engine answers, and has given no token for {now - heard:.0f} s")
         if now - heard > QUIET + LIMIT:
             raise EngineError(f"the engine has given no token for {now - heard:.0f} s")
 
     async def _ask(self) -> None:
         parameters = self._parameters(max_tokens=4, temperature=0.0, ignore_eos=True)
+        before = self._usage.heard
         try:
             async for output in self._generate({"prompt_token_ids": [2]}, parameters, f"pulse-{uuid4()}"):
                 self._usage.hear(output)
         except Exception as error:  # whatever it is, it is no token
             _logger.warning("The engine gives no token: %s", error)
+        else:
+            self._mute = self._usage.heard == before
 
 
 def _work() -> list[float]:
