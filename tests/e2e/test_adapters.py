@@ -14,13 +14,16 @@ from function_gemma.adapters.files import FILES
 from function_gemma.adapters.store import digest_of
 from stack import (
     ANSWERS,
+    BASE,
     CHECKOUT,
     PROMPT,
     ask,
     changes,
+    clients,
     containers,
     host,
     laptop,
+    nothing_failed,
     playbook,
     replaced,
     until,
@@ -83,6 +86,15 @@ def test_a_second_run_of_the_stage_changes_nothing_and_asks_vllm_for_nothing() -
     # The log has all that was asked before this, which asks the server.
     host(f"{MANAGER} list")
     assert len(until("the log shows the listing", asked)) == 1
+
+
+def test_the_base_model_answers_as_itself_while_every_slot_has_an_adapter() -> None:
+    for number in range(8):  # SERVER_MAX_LORAS
+        host(f"{MANAGER} load full{number} {address()}")
+    with clients(8, 0) as seen:
+        for _ in range(20):
+            ask(BASE)
+    assert nothing_failed(seen)
 
 
 def test_check_mode_shows_old_and_new_digest_and_what_would_be_unloaded_and_changes_nothing() -> None:

@@ -9,7 +9,19 @@ from function_gemma.vllm_plugin import contract
 
 # A vLLM of nothing but what the plugin touches.
 SOURCES = {
-    "plugins/__init__.py": 'ENDPOINT_PLUGINS_GROUP = "vllm.endpoint_plugins"',
+    "plugins/__init__.py": """
+        DEFAULT_PLUGINS_GROUP = "vllm.general_plugins"
+        ENDPOINT_PLUGINS_GROUP = "vllm.endpoint_plugins"
+    """,
+    "lora/punica_wrapper/punica_cpu.py": """
+        class PunicaWrapperCPU:
+            def _shrink_prefill(self, y, x, w_t_all, scale):
+                sgmv_shrink(x, w_t_all, y, *self.prefill_metadata, scale)
+            def _shrink_decode(self, y, x, w_t_all, scale):
+                bgmv_shrink(x, w_t_all, y, self.token_lora_indices, scale)
+            def add_lora_logits(self, y, x, lora_a_stacked, scale, buffer):
+                bgmv_shrink(x, lora_a_stacked, buffer, self.sampler_indices, scale)
+    """,
     "plugins/endpoint_plugins/interface.py": """
         class EndpointPlugin:
             name: str
@@ -131,7 +143,8 @@ def test_a_vllm_with_all_that_is_touched_passes(vllm: Path) -> None:
         ("entrypoints/openai/completion/protocol.py", "FINAL_ONLY", "CUMULATIVE", "tokens are counted once"),
         ("entrypoints/openai/chat_completion/serving.py", "generate(", "run(", "its tokens are counted"),
         ("entrypoints/launchers/app.py", "attach_endpoint", "add_endpoint", "middleware wraps the routes"),
-        ("plugins/__init__.py", "endpoint_plugins", "plugins", "vLLM finds the plugin"),
+        ("plugins/__init__.py", "endpoint_plugins", "plugins", "vLLM finds the plugins"),
+        ("lora/punica_wrapper/punica_cpu.py", "token_lora_indices", "slots", "what the base model says"),
     ],
 )
 def test_what_moved_is_named(vllm: Path, file: str, old: str, new: str, named: str) -> None:

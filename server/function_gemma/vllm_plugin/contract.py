@@ -44,7 +44,23 @@ _DEFINED = {
 # File below vllm/, code that must occur there in this order (as ast.unparse writes it), what rests on it.
 _DONE = (
     ("v1/metrics/loggers.py", ("vllm:kv_cache_usage_perc",), "a long prompt that is read shows as work"),
-    ("plugins/__init__.py", ("ENDPOINT_PLUGINS_GROUP = 'vllm.endpoint_plugins'",), "vLLM finds the plugin"),
+    (
+        "plugins/__init__.py",
+        (
+            "DEFAULT_PLUGINS_GROUP = 'vllm.general_plugins'",
+            "ENDPOINT_PLUGINS_GROUP = 'vllm.endpoint_plugins'",
+        ),
+        "vLLM finds the plugins",
+    ),
+    (
+        "lora/punica_wrapper/punica_cpu.py",
+        (
+            "sgmv_shrink(x, w_t_all, y, *self.prefill_metadata, scale)",
+            "bgmv_shrink(x, w_t_all, y, self.token_lora_indices, scale)",
+            "bgmv_shrink(x, lora_a_stacked, buffer, self.sampler_indices, scale)",
+        ),
+        "on CPUs no adapter has a part in what the base model says",
+    ),
     ("logger.py", ("'loggers': {'vllm': {",), "the plugin's log lines show"),
     ("entrypoints/launchers/cli_args.py", ("args.api_server_count",), "several API servers are refused"),
     (
