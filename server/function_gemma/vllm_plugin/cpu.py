@@ -1,7 +1,7 @@
 """What vLLM's CPU backend computes wrongly while adapters are loaded, set right in the engine's process.
 
-A token of the base model has the slot -1 among those of the adapters, which the operations in PyTorch take for
-the last one: once that has an adapter, the base model answers as it (vLLM 0.32; a GPU's kernels know -1).
+A token of the base model has the slot -1 among those of the adapters, which the operations in PyTorch take
+for the last one: once that has an adapter, the base model answers as it (vLLM 0.32; a GPU's kernels know -1).
 """
 
 import importlib
