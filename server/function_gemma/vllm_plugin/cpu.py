@@ -22,16 +22,9 @@ def mask(operations: Any) -> None:  # noqa: ANN401 - vLLM's module
         by_token(inputs, weights, output, slots, scale)
         output.masked_fill_((slots < 0).unsqueeze(1), 0)
 
-    def sgmv_shrink(
-        inputs: Any,  # noqa: ANN401
-        weights: Any,  # noqa: ANN401
-        output: Any,  # noqa: ANN401
-        starts: Any,  # noqa: ANN401
-        lengths: Any,  # noqa: ANN401
-        slots: Any,  # noqa: ANN401
-        *others: Any,  # noqa: ANN401
-    ) -> None:
-        by_sequence(inputs, weights, output, starts, lengths, slots, *others)
+    def sgmv_shrink(*arguments: Any) -> None:  # noqa: ANN401
+        by_sequence(*arguments)
+        _inputs, _weights, output, _starts, lengths, slots = arguments[:6]
         output.masked_fill_((slots.repeat_interleave(lengths) < 0).unsqueeze(1), 0)
 
     operations.bgmv_shrink, operations.sgmv_shrink = bgmv_shrink, sgmv_shrink
