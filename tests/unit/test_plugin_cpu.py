@@ -10,7 +10,7 @@ from function_gemma.vllm_plugin import cpu
 class Row(list[int]):
     """As much of a tensor as the operations need."""
 
-    def __lt__(self, other: Any) -> Any:
+    def __lt__(self, other: Any) -> Any:  # noqa: ANN401 - int, as a tensor has it
         return Row(one < other for one in self)
 
     def unsqueeze(self, _dimension: int) -> "Row":
@@ -23,7 +23,7 @@ class Row(list[int]):
         self[:] = [value if hit else one for one, hit in zip(self, hits, strict=True)]
 
 
-def last_slot_too(_inputs: object, weights: list[int], output: Row, *others: Any) -> None:
+def last_slot_too(_inputs: object, weights: list[int], output: Row, *others: Any) -> None:  # noqa: ANN401
     """What vLLM does: -1 is the last slot."""
     slots = (
         others[2].repeat_interleave(others[1]) if len(others) > 2 else others[0]
