@@ -144,7 +144,7 @@ serve() {
         rm -f "$SERVER_SOCKET"  # vLLM leaves it behind and would not bind over it
         args+=(--uds "$SERVER_SOCKET")
         # Of these the gateway's log has who asked; here stays what came past it, to the routes for administrators.
-        args+=(--disable-access-log-for-endpoints /ready,/gateway/metrics,/v1/models,/v1/chat/completions,/v1/completions)
+        args+=(--disable-access-log-for-endpoints "/ready,/gateway/metrics,/v1/models,/v1/chat/completions,/v1/completions")
         url="http://function-gemma-server:8000/v1, through the gateway and $SERVER_SOCKET"
     else
         args+=(--host 0.0.0.0 --port 8000)
