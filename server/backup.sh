@@ -22,16 +22,13 @@ work() {
         -v "$PWD/backup.py:/usr/local/bin/backup.py:ro" "$image" "$@"
 }
 
-# shellcheck disable=SC2329  # await calls it
-joined() { docker exec tailscale-vllm tailscale.sh health >/dev/null 2>&1; }
-
 # The sidecar ends, and with it a session through it; this goes on.
 change_identity() {
     say "the node changes its identity; a session through it ends here"
     docker stop tailscale-vllm >/dev/null
     work take || { docker start tailscale-vllm >/dev/null; die "the node's identity could not be replaced, see above"; }
     docker start tailscale-vllm >/dev/null
-    if ! await 90s joined; then
+    if ! await 90s in_tailnet; then
         docker stop tailscale-vllm >/dev/null
         work undo
         docker start tailscale-vllm >/dev/null
