@@ -44,8 +44,9 @@ def processes():
     return found
 
 def served():
-    adapters = json.loads(run("list", "--json").stdout)["adapters"]
-    return {one["name"]: one["digest"] for one in adapters}.get("victim")
+    listed = run("list", "--json")
+    assert listed.returncode == 0 and listed.stdout, listed
+    return {one["name"]: one["digest"] for one in json.loads(listed.stdout)["adapters"]}.get("victim")
 
 def serves():
     # From the inside, because Docker's own word is seconds late.
