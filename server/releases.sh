@@ -113,5 +113,7 @@ go_back() {
     settings_files | xargs -r rm -f
     cp -rp "$releases/$to/settings/." .
     say "back to release $to, commit ${commit:0:12}"
+    # A release from before this word replaces a sidecar that differs unasked.
+    grep -q -e --sidecar update.sh || sidecar=''
     exec "$checkout/server/update.sh" --pulled ${sidecar:+--sidecar}
 }

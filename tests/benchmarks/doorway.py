@@ -1,7 +1,8 @@
-"""The gateway against vLLM's own socket, in vLLM's container: `doorway.py ROUNDS REQUESTS`.
+"""The gateway against vLLM's own socket, in vLLM's container: `doorway.py RELAY ROUNDS REQUESTS`.
 
-Prints one JSON object. The two take turns, and each figure is compared within its round: what else the
-machine does meets both alike.
+RELAY is the address of a proxy that only passes bytes on to the socket: what anything in between costs here.
+Prints one JSON object. The ways take turns, and each figure is compared with the socket's within its round:
+what else the machine does meets all alike.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import sys
 import time
 from statistics import median
@@ -18,15 +20,15 @@ import httpx
 CLIENTS = 8
 BODY = {"model": os.environ.get("SERVER_MODEL", "google/functiongemma-270m-it"), "temperature": 0}
 MESSAGES = [{"role": "user", "content": "Who are you?"}]
-FIGURES = ("p50", "first", "rate")
 
 
-def ways() -> dict[str, httpx.AsyncClient]:
+def ways(relay: str) -> dict[str, httpx.AsyncClient]:
     """A client of each way to vLLM, with connections that stay open."""
     limits = httpx.Limits(max_connections=CLIENTS)
     socket = httpx.AsyncHTTPTransport(uds=os.environ["SERVER_SOCKET"], limits=limits)
     return {
         "socket": httpx.AsyncClient(transport=socket, base_url="http://vllm", timeout=60),
+        "relay": httpx.AsyncClient(base_url=relay, limits=limits, timeout=60),
         "gateway": httpx.AsyncClient(base_url="http://127.0.0.1:8000", limits=limits, timeout=60),
     }
 
@@ -47,32 +49,38 @@ async def measure(client: httpx.AsyncClient, requests: int) -> dict[str, float]:
     """Ask one after another, for whole answers and for streams, then eight at a time."""
     single = [(await ask(client, stream=False))[1] for _ in range(requests)]
     streamed = [(await ask(client, stream=True))[0] for _ in range(requests)]
+
+    async def caller() -> None:
+        for _ in range(requests):
+            await ask(client, stream=False)
+
     start = time.perf_counter()
-    for _ in range(requests // CLIENTS):
-        await asyncio.gather(*(ask(client, stream=False) for _ in range(CLIENTS)))
-    rate = requests // CLIENTS * CLIENTS / (time.perf_counter() - start)
+    await asyncio.gather(*(caller() for _ in range(CLIENTS)))
+    rate = requests * CLIENTS / (time.perf_counter() - start)
     return {"p50": median(single), "first": median(streamed), "rate": rate}
 
 
+def figures(way: str, rounds: list[dict[str, dict[str, float]]]) -> dict[str, float]:
+    """Medians of the rounds (times in ms), and of what each took more than by the socket, or its share."""
+    pairs = [(one[way], one["socket"]) for one in rounds]
+    times = {name: 1000 * median(own[name] for own, _ in pairs) for name in ("p50", "first")}
+    more = {f"more_{name}": 1000 * median(own[name] - bare[name] for own, bare in pairs) for name in times}
+    share = median(own["rate"] / bare["rate"] for own, bare in pairs)
+    return {**times, **more, "rate": median(own["rate"] for own, _ in pairs), "share": share}
+
+
 async def main() -> None:
-    """Measure in rounds, and print the medians of each way and of what one way has more than the other."""
-    rounds, requests = map(int, sys.argv[1:])
-    clients = ways()
+    """Measure in rounds, and print the medians of each way and of what it has more than the socket."""
+    relay, rounds, requests = sys.argv[1], *map(int, sys.argv[2:])
+    clients = ways(relay)
     seen: list[dict[str, dict[str, float]]] = []
-    for number in range(rounds + 1):
-        names = list(clients) if number % 2 else list(clients)[::-1]
+    for _ in range(rounds + 1):
+        names = random.sample(sorted(clients), len(clients))
         seen.append({name: await measure(clients[name], requests) for name in names})
     seen = seen[1:]  # the first warms up
     for client in clients.values():
         await client.aclose()
-    result = {
-        name: {figure: median(one[name][figure] for one in seen) for figure in FIGURES} for name in clients
-    }
-    result["more"] = {
-        figure: median(one["gateway"][figure] - one["socket"][figure] for one in seen) for figure in FIGURES
-    }
-    result["more"]["share"] = median(one["gateway"]["rate"] / one["socket"]["rate"] for one in seen)
-    print(json.dumps(result))
+    print(json.dumps({name: figures(name, seen) for name in clients}))
 
 
 if __name__ == "__main__":

@@ -683,6 +683,18 @@ def test_a_rollback_has_code_and_settings_of_the_release_before(host: Host) -> N
     assert "GATEWAY_MAX_BODY=1" in (host.clone / "server" / "gateway.env").read_text()
 
 
+def test_a_release_that_does_not_know_the_sidecars_word_is_gone_back_to(host: Host) -> None:
+    script = host.forge / "server" / "update.sh"
+    present = script.read_text()
+    for text in (present.replace("--sidecar", "--other"), present):
+        script.write_text(text)
+        host.commit()
+        assert host.update().returncode == 0
+    result = host.update("--to", "1", "--sidecar")
+    assert result.returncode == 0, result
+    assert "back to release 1" in result.stdout
+
+
 def test_former_is_what_served_before_and_after_a_failed_update_what_serves(host: Host) -> None:
     first, second = serve_commits(host, "a = 2\n", "a = 3\n")
     (host.forge / "server" / "function_gemma" / "a.py").write_text("a = 4\n")
