@@ -35,13 +35,13 @@ docker run --rm --network none --cpu-shares 512 --entrypoint sh "$image" -c '
     for core in $(seq $(nproc)); do timeout {seconds} python3 -c "while True: pass" & done; wait'
 """
 RELAY = """
+global
+    nbthread 1
 defaults
     mode tcp
     timeout client 300s
     timeout server 300s
     timeout connect 5s
-global
-    nbthread 1
 listen relay
     bind 127.0.0.1:8001
     server main unix@/run/vllm/vllm.sock
@@ -146,10 +146,16 @@ def relay() -> Iterator[str]:
         "docker run -d --rm --name relay --network container:function-gemma-pod "
         "--volumes-from gateway-gemma:ro --user 10002:10000 --cpu-shares 16384 --init --entrypoint bash "
         "$(docker inspect -f '{{.Image}}' gateway-gemma) "
-        f"-c 'exec haproxy -W -db -f <(echo \"{RELAY}\")'"
+        f"-c 'echo \"{RELAY}\" >/tmp/relay.cfg; exec haproxy -db -f /tmp/relay.cfg'"
     )
-    yield "http://127.0.0.1:8001"
-    host("docker stop -t 1 relay")
+    try:
+        host(
+            "until docker exec relay bash -c 'exec 3<>/dev/tcp/127.0.0.1/8001'; do sleep 0.1; done",
+            seconds=10,
+        )
+        yield "http://127.0.0.1:8001"
+    finally:
+        host("docker stop -t 1 relay")
 
 
 def measure_gateway() -> str:
