@@ -48,6 +48,9 @@ of its own, here {own} s, and counts as failed, not as away.
 | fault | mended by | away, s | failed of all | when |
 |---|---|---:|---:|---|"""
 BOTTOM = """
+Wanted: away for at most 2 s where the gateway is killed, 10 s the sidecar, 5 s where the engine is restarted
+with live-restore, and where the host is restarted no longer than it takes to end and boot and vLLM to start.
+
 The full disk is one that the engine's containers and volumes and the checkout are put on; a change of the
 adapters that it has no room for is refused, and vLLM and gateway, killed then, are back before there is room.
 """
