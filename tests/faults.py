@@ -3,8 +3,8 @@
     faults.py            every fault
     faults.py PATTERN    those whose names it is found in; the others keep their last result
 
-The stack has been deployed on the lab's host by site.yml. Each fault ends with the stack as it was before, or
-with a row that says what stayed broken.
+site.yml deploys the stack on the lab's host first. Each fault ends with the stack as it was before, or with a
+row that says what stayed broken.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import clients as callers
 from common import LOGS, ROOT
 from report import Table, machine
-from stack import BASE, CHECKOUT, answers, call, clients, host, reaches, until
+from stack import BASE, CHECKOUT, answers, call, clients, host, playbook, reaches, until
 from steps import Step, run, say
 
 if TYPE_CHECKING:
@@ -303,6 +303,8 @@ def main(pattern: str = "") -> int:
         TOP.format(machine=machine(), clients=CLIENTS, slow=SLOW, own=OWN_LIMIT),
         BOTTOM,
     )
+    say("site.yml")
+    playbook("site.yml", seconds=900)
     answers()
     failed = run_faults(chosen, table, LOGS)
     say(f"{len(chosen)} faults, {', '.join(failed) or 'none'} not mended; the table is {PAGE}")

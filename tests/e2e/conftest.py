@@ -28,7 +28,11 @@ def settings() -> Iterator[None]:
     """What the test changes in the host's settings and secrets is as before when it ends."""
     server("umask 077 && tar -cf /run/e2e.tar .env *.env secrets")
     yield
-    server("rm -rf secrets && tar -xf /run/e2e.tar && rm /run/e2e.tar")
+    # But the tags of the images, which update.sh keeps in .env: they stay those of what serves by now.
+    server(
+        "tags=$(grep _TAG= .env) && rm -rf secrets && tar -xf /run/e2e.tar && rm /run/e2e.tar "
+        '&& sed -i /_TAG=/d .env && echo "$tags" >>.env'
+    )
 
 
 @pytest.fixture(scope="session")
