@@ -128,7 +128,10 @@ class Host:
     def within(self, name: str, *words: str, stdin: str = "") -> Answer:
         """Run a command in a container, where the end of `docker exec` would leave it running."""
         limited = ("docker", "exec", "-i", name, "timeout", str(LIMIT), *words)
-        answer = self.ask(*limited, stdin=stdin, seconds=LIMIT + 1)
+        for _ in range(3):
+            answer = self.ask(*limited, stdin=stdin, seconds=LIMIT + 1)
+            if answer.code != 126:  # nothing was started, see docker() in standby.sh
+                break
         return answer._replace(err=f"no answer within {LIMIT} s") if answer.code == 124 else answer
 
 

@@ -2,6 +2,19 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2034,SC2154  # update.sh's variables
 
+# Where a machine is busy, the runc 1.1 of Debian 13 now and then cannot start a process: it seals a copy of itself, which the kernel
+# refuses while it moves one of its pages ("Device or resource busy"). `docker exec` then ends with 126 and nothing has run, so that
+# asking again is the same as asking once.
+docker() {
+    local code try
+    for try in 1 2 3; do
+        code=0
+        command docker "$@" || code=$?
+        [[ $1 == exec && $code == 126 ]] || break
+    done
+    return "$code"
+}
+
 # What HAProxy answers to a command: control COMMAND [CONTAINER]
 control() {
     local socket=/run/gateway/gateway.sock
@@ -152,7 +165,7 @@ strategy() {
     local used free
     [[ $update_strategy == auto ]] || { echo "$update_strategy"; return; }
     if [[ $gpu ]]; then
-        read -r used free < <(docker exec "$1" nvidia-smi --query-gpu=memory.used,memory.free --format=csv,noheader,nounits | tr , ' ')
+        read -r used free < <(docker exec "$1" nvidia-smi --query-gpu=memory.used,memory.free --format=csv,noheader,nounits | tail -n 1 | tr , ' ')
     else
         used=$(docker top "$1" -eo pid,rss | awk '{sum += $2} END {print sum + 0}')
         free=$(awk '$1 == "MemAvailable:" {print $2}' /proc/meminfo)

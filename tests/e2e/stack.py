@@ -48,6 +48,11 @@ class Done:
     def __str__(self) -> str:
         return f"{self.command}\n→ status {self.code}\n{self.stdout}{self.stderr}"
 
+    def ended(self, *, ok: bool | None) -> Done:
+        """Return itself, which must have ended well (`ok`), have failed (False), or either (None)."""
+        assert ok is None or ok == (self.code == 0), str(self)
+        return self
+
     @property
     def words(self) -> str:
         """All it said with single spaces, as programs wrap their lines."""
@@ -66,7 +71,7 @@ def call(
     env: Mapping[str, str] | None = None,
     seconds: float = 180,
 ) -> Done:
-    """Run a command that must end well (`ok`), must fail (False), or may do either (None)."""
+    """Run a command that must end as `ok` says, see Done.ended."""
     done = subprocess.run(
         list(map(str, words)),
         input=stdin,
@@ -77,9 +82,7 @@ def call(
         timeout=seconds,
         check=False,
     )
-    result = Done(" ".join(map(str, words)), done.returncode, done.stdout, done.stderr)
-    assert ok is None or ok == (done.returncode == 0), str(result)
-    return result
+    return Done(" ".join(map(str, words)), done.returncode, done.stdout, done.stderr).ended(ok=ok)
 
 
 def lab_up() -> None:
@@ -97,7 +100,11 @@ def ssh(command: str) -> list[str]:
 
 def host(command: str, *, ok: bool | None = True, stdin: str = "", seconds: float = 180) -> Done:
     """Run a shell command on the host."""
-    return call(*ssh(command), ok=ok, stdin=stdin, seconds=seconds)
+    for _ in range(3):  # where its engine started nothing, see docker() in server/standby.sh
+        done = call(*ssh(command), ok=None, stdin=stdin, seconds=seconds)
+        if done.code != 126:
+            break
+    return done.ended(ok=ok)
 
 
 def server(command: str, *, ok: bool | None = True, seconds: float = 180) -> Done:

@@ -35,6 +35,16 @@ REPOSITORY = f"hf://{lab.ADAPTER}"
 MANAGER = "docker exec vllm-gemma adapter_manager.py"
 STAGE = ("site.yml", "--tags", "lora")
 NOT_SERVED = 7  # of test_connection.py
+REFUSALS = "/run/refusals"
+# Found before the engine's: answers each `docker exec`, the first time, as where runc could start nothing.
+REFUSING = f"""#!/bin/sh
+mkdir -p {REFUSALS}
+if [ "$1" = exec ] && mkdir "{REFUSALS}/$(echo "$*" | md5sum | cut -c1-32)" 2>/dev/null; then
+    echo "OCI runtime exec failed: exec failed: unable to start container process"
+    exit 126
+fi
+exec /usr/bin/docker "$@"
+"""
 ROUTE = re.compile(r'"[A-Z]+ /\S*lora\S* HTTP')
 
 
@@ -123,6 +133,26 @@ def test_a_changed_adapter_is_served_and_a_rollback_brings_the_former_back() -> 
     assert "lint stands in lora_adapters: as long as it does, site.yml loads it again" in back.words
     assert "SUCCESS: lint answered: " in back.words
     assert ask("lint") == ANSWERS[PROMPT]["lint"]
+
+
+@pytest.fixture
+def refusing() -> Iterator[None]:
+    """The host's engine refuses each command in a container once."""
+    host("install -m 755 /dev/stdin /usr/local/bin/docker", stdin=REFUSING)
+    yield
+    host(f"rm -rf /usr/local/bin/docker {REFUSALS}")
+
+
+@pytest.mark.usefixtures("refusing")
+def test_adapters_are_loaded_although_the_engine_does_not_start_a_command_at_once() -> None:
+    swapped = playbook(*STAGE, *declared(lint=DOCSTRING, docstring=LINT))
+    assert changes(swapped) == 1, str(swapped)
+    assert ask("lint") == ANSWERS[PROMPT]["docstring"]
+    gone = playbook("load_adapter.yml", "-e", "name=lint", "-e", "state=absent")
+    assert "SUCCESS: " in gone.words
+    assert not is_served("lint")
+    # Asked, checked both, loaded both, unloaded one; the node was looked at.
+    assert int(host(f"ls {REFUSALS} | wc -l").last) >= 6
 
 
 def test_absent_unloads_one_and_site_brings_it_again_as_it_is_declared() -> None:

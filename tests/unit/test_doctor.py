@@ -445,6 +445,20 @@ def test_a_fault_is_found_with_the_command_that_mends_it(case: str, fake: Fake) 
     assert others <= {"the gateway has no vLLM that is ready"}
 
 
+def test_a_command_that_the_engine_did_not_start_is_asked_again(fake: Fake) -> None:
+    asked: set[str] = set()
+
+    def ask(*words: str, stdin: str = "", seconds: float = doctor.LIMIT) -> Answer:
+        command = " ".join((*words, stdin))
+        if words[:2] == ("docker", "exec") and command not in asked:
+            asked.add(command)
+            return Answer(126, "OCI runtime exec failed", "")
+        return fake(*words, stdin=stdin, seconds=seconds)
+
+    assert doctor.examine(Host(ask, fake.server))["state"] == "healthy"
+    assert asked
+
+
 def test_no_question_waits_for_a_backend_that_is_known_to_be_away(fake: Fake) -> None:
     stop("vllm-gemma")(fake)
     stop("agents-gemma")(fake)

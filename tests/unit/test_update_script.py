@@ -16,6 +16,7 @@ DOCKER = """#!/bin/bash
 echo "$*" >> "$FAKE/log"
 [ ! -e .lock ] || ! flock -n .lock true || echo unlocked >> "$FAKE/log"
 gateway=$FAKE/gateway  # a file for each of its servers, with the state that it was set to
+[[ $* != *" check" || ! -s $FAKE/refusals ]] || { sed -i 1d "$FAKE/refusals"; exit 126; }
 case "$*" in
     "ps -"*) name=${!#} name=${name#name=^/}; [[ ! -e $FAKE/containers/${name%\\$} ]] || echo id ;;
     "compose run -d "*)
@@ -471,6 +472,19 @@ def test_a_standby_that_does_not_answer_replaces_nothing_and_goes(host: Host, br
     assert not (host.clone / "server" / ".env").exists()
     assert host.gateway() == {"main": "ready", "standby": "maint"}
     assert not (host.fake / "containers" / "vllm-gemma-standby").exists()
+
+
+@pytest.mark.parametrize(("refusals", "code"), [(2, 0), (3, 1)])
+def test_a_check_that_the_engine_did_not_start_is_begun_up_to_three_times(
+    host: Host, refusals: int, code: int
+) -> None:
+    host.serves()
+    (host.fake / "dry-run").write_text(REPLACE_VLLM)
+    (host.fake / "refusals").write_text("refused\n" * refusals)
+    result = host.update("--no-pull")
+    assert result.returncode == code, result
+    assert ("vllm-gemma serves as before" in result.stdout) == bool(code)
+    assert host.calls().count("exec vllm-gemma-standby adapter_manager.py check") == 3
 
 
 def test_requests_wait_where_the_settings_or_the_memory_want_it(host: Host) -> None:
