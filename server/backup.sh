@@ -35,7 +35,7 @@ change_identity() {
         die "the tailnet did not take the node of the backup within 90 s, so that it has its former identity again. Where the control plane has removed that node, restore without --identity"
     fi
     work settle
-    say "the node is $(docker exec tailscale-vllm tailscale ip -4) on the tailnet"
+    say "the node is $(inside tailscale-vllm tailscale ip -4) on the tailnet"
 }
 
 restore() {
@@ -54,7 +54,7 @@ restore() {
     image=$(docker inspect -f '{{.Config.Image}}' vllm-gemma 2>/dev/null) || die "there is no vllm-gemma yet: server/update.sh --no-pull"
     if [[ $word == save ]]; then
         [[ ! -t 1 ]] || die "a backup holds the node's key and goes to a file: backup.sh save >FILE"
-        node=$(docker exec tailscale-vllm tailscale status --json --peers=false 2>/dev/null | sed -n 's/^ *"DNSName": "\(.*\)",$/\1/p' | head -n1 || true)
+        node=$(inside tailscale-vllm tailscale status --json --peers=false 2>/dev/null | sed -n 's/^ *"DNSName": "\(.*\)",$/\1/p' | head -n1 || true)
         work save "${node:-function-gemma-server}" "${image#*:}" </dev/null
     else
         [[ ! -t 0 ]] || die "a backup is read on standard input: backup.sh restore <FILE"

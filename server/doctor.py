@@ -130,7 +130,7 @@ class Host:
         limited = ("docker", "exec", "-i", name, "timeout", str(LIMIT), *words)
         for _ in range(3):
             answer = self.ask(*limited, stdin=stdin, seconds=LIMIT + 1)
-            if answer.code != 126:  # nothing was started, see docker() in standby.sh
+            if answer.code != 126:  # nothing was started, see inside() in standby.sh
                 break
         return answer._replace(err=f"no answer within {LIMIT} s") if answer.code == 124 else answer
 

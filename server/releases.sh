@@ -32,7 +32,7 @@ release() {
 }
 
 # They come and go without an update: noted of a release when it is there, and again before another takes its place.
-note_adapters() { docker exec vllm-gemma adapter_manager.py list 2>/dev/null | sed -n '/  /s/^/adapter /p' >"$releases/$1/adapters" || true; }
+note_adapters() { inside vllm-gemma adapter_manager.py list 2>/dev/null | sed -n '/  /s/^/adapter /p' >"$releases/$1/adapters" || true; }
 
 # Puts what serves on record, under a number that is higher than what served before. Called once all of it has given a reply.
 record() {

@@ -2,15 +2,16 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2034,SC2154  # update.sh's variables
 
-# Where a machine is busy, the runc 1.1 of Debian 13 now and then cannot start a process: it seals a copy of itself, which the kernel
-# refuses while it moves one of its pages ("Device or resource busy"). `docker exec` then ends with 126 and nothing has run, so that
-# asking again is the same as asking once.
-docker() {
+# A command in a container: inside CONTAINER COMMAND…
+# Where a machine is busy, the runc 1.1 of Debian 13 now and then cannot start one: it seals a copy of itself, which the kernel refuses
+# while it moves one of its pages ("Device or resource busy"). `docker exec` then ends with 126 and nothing has run, so that asking
+# again is the same as asking once.
+inside() {
     local code try
     for try in 1 2 3; do
         code=0
-        command docker "$@" || code=$?
-        [[ $1 == exec && $code == 126 ]] || break
+        docker exec "$@" || code=$?
+        [[ $code == 126 ]] || break
     done
     return "$code"
 }
@@ -19,7 +20,8 @@ docker() {
 control() {
     local socket=/run/gateway/gateway.sock
     [[ ${2-} != gateway-gemma-standby ]] || socket=$gateway_standby_socket
-    docker exec "${2:-gateway-gemma}" perl -MIO::Socket::UNIX -e '
+    # shellcheck disable=SC2016  # Perl's own variable
+    inside "${2:-gateway-gemma}" perl -MIO::Socket::UNIX -e '
         $gateway = IO::Socket::UNIX->new(shift) or die "$!\n";
         print $gateway shift, "\n";
         print <$gateway>' "$socket" "$1"
@@ -42,12 +44,12 @@ lock() {
 
 # Asked directly, because Docker asks every few seconds only.
 # shellcheck disable=SC2016  # the container's own variable
-ready() { docker exec "$1" sh -c 'exec healthcheck.py "$SERVER_SOCKET" /ready' >/dev/null 2>&1; }
+ready() { inside "$1" sh -c 'exec healthcheck.py "$SERVER_SOCKET" /ready' >/dev/null 2>&1; }
 
 # The same of an agents service: answers CONTAINER [SOCKET]
-answers() { docker exec "$1" healthcheck.py "${2-/run/agents/agents.sock}" /agents/ >/dev/null 2>&1; }
+answers() { inside "$1" healthcheck.py "${2-/run/agents/agents.sock}" /agents/ >/dev/null 2>&1; }
 
-in_tailnet() { docker exec tailscale-vllm tailscale.sh health >/dev/null 2>&1; }
+in_tailnet() { inside tailscale-vllm tailscale.sh health >/dev/null 2>&1; }
 
 # The name that the gateway has for a vLLM's container.
 server_of() { [[ $1 == vllm-gemma ]] && echo vllm/main || echo "vllm/${1/gemma-/}"; }
@@ -151,7 +153,7 @@ roll_sidecar() {
     say "tailscale-vllm: is replaced"
     compose up -d --no-build tailscale || die "tailscale-vllm was not replaced, see above; another run goes on from there"
     await 60s in_tailnet && return
-    say "tailscale-vllm is not in the tailnet, and what was before returns: $(docker exec tailscale-vllm tailscale.sh health 2>&1)"
+    say "tailscale-vllm is not in the tailnet, and what was before returns: $(inside tailscale-vllm tailscale.sh health 2>&1)"
     differs || {
         TAILSCALE_VLLM_TAG=${former_sidecar:-dev}
         keep_tags
@@ -165,7 +167,7 @@ strategy() {
     local used free
     [[ $update_strategy == auto ]] || { echo "$update_strategy"; return; }
     if [[ $gpu ]]; then
-        read -r used free < <(docker exec "$1" nvidia-smi --query-gpu=memory.used,memory.free --format=csv,noheader,nounits | tail -n 1 | tr , ' ')
+        read -r used free < <(inside "$1" nvidia-smi --query-gpu=memory.used,memory.free --format=csv,noheader,nounits | tail -n 1 | tr , ' ')
     else
         used=$(docker top "$1" -eo pid,rss | awk '{sum += $2} END {print sum + 0}')
         free=$(awk '$1 == "MemAvailable:" {print $2}' /proc/meminfo)
@@ -183,7 +185,7 @@ start_standby() {
     # Half a share, for what serves goes before what starts; and one that crashes has failed.
     docker update --cpu-shares 512 --restart no vllm-gemma-standby >/dev/null
     follow vllm-gemma-standby "$since" "$name serves as before."
-    docker exec vllm-gemma-standby adapter_manager.py check || die "the standby does not answer as it should, see above; $name serves as before"
+    inside vllm-gemma-standby adapter_manager.py check || die "the standby does not answer as it should, see above; $name serves as before"
     full_share vllm-gemma-standby
 }
 
@@ -214,7 +216,7 @@ roll_vllm() {
     docker update --cpu-shares 256 "$name" >/dev/null
     (
         follow "$name" "$since"
-        docker exec "$name" adapter_manager.py check || die "$name does not answer as it should, see above; another run goes on from there"
+        inside "$name" adapter_manager.py check || die "$name does not answer as it should, see above; another run goes on from there"
     ) || { [[ $how == surge ]] || bring_back; exit 1; }
     full_share "$name"
     admit "$server" || die "the gateway does not reach $name: docker logs gateway-gemma"

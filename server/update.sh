@@ -260,7 +260,7 @@ main() {
             ready "$name" || follow "$name" "$since"
         done
         # Where nothing was asked for and nothing has changed, site.yml's own check is the proof.
-        [[ -z $pull && $changed == 0 ]] || docker exec vllm-gemma python3 /usr/local/bin/test_connection.py --base-url http://127.0.0.1:8000/v1 \
+        [[ -z $pull && $changed == 0 ]] || inside vllm-gemma python3 /usr/local/bin/test_connection.py --base-url http://127.0.0.1:8000/v1 \
             || die "the stack runs, but gave no reply, see above"
         [[ ! $all ]] || record
     fi

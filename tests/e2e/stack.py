@@ -100,7 +100,7 @@ def ssh(command: str) -> list[str]:
 
 def host(command: str, *, ok: bool | None = True, stdin: str = "", seconds: float = 180) -> Done:
     """Run a shell command on the host."""
-    for _ in range(3):  # where its engine started nothing, see docker() in server/standby.sh
+    for _ in range(3):  # where its engine started nothing, see inside() in server/standby.sh
         done = call(*ssh(command), ok=None, stdin=stdin, seconds=seconds)
         if done.code != 126:
             break

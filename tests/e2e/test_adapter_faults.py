@@ -29,7 +29,7 @@ manager = ["docker", "exec", "vllm-gemma", "adapter_manager.py"]
 def run(*words):
     for _ in range(3):
         done = subprocess.run([*manager, *words], capture_output=True, text=True, timeout=120)
-        if done.returncode != 126:  # the engine started nothing, see docker() in server/standby.sh
+        if done.returncode != 126:  # the engine started nothing, see inside() in server/standby.sh
             break
     return done
 
