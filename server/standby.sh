@@ -122,15 +122,16 @@ end_standby() {
     remove "$1-gemma-standby"
 }
 
-# A second HAProxy listens on the same port while the first is replaced; each ends what it has begun.
+# A second HAProxy takes over the port while the first is replaced; each ends what it has begun.
 roll_gateway() {
     say "gateway-gemma: a second one takes over while it is replaced"
     touch "$unsettled"
-    compose run -d -T --no-deps --name gateway-gemma-standby -e "GATEWAY_SOCKET=$gateway_standby_socket" gateway >/dev/null
+    compose run -d -T --no-deps --name gateway-gemma-standby -e "GATEWAY_SOCKET=$gateway_standby_socket" -e GATEWAY_BEFORE=/run/gateway/gateway.sock gateway >/dev/null
     await 30s control 'show info' gateway-gemma-standby >/dev/null 2>&1 || die "the new gateway does not start, and nothing was replaced: $(docker logs gateway-gemma-standby 2>&1)"
     compose up -d --no-build gateway || die "the gateway was not replaced, see above; the second one answers, and another run goes on from there"
     await 30s control 'show info' >/dev/null 2>&1 || die "the gateway does not start: docker logs gateway-gemma; the second one answers"
     remove gateway-gemma-standby
+    inside gateway-gemma rm -f "$gateway_standby_socket"
 }
 
 # What is asked for while it is replaced would wait, for a second or two.

@@ -39,9 +39,15 @@ def new_setting(value: str) -> None:
     server(f"touch entrypoint.env && echo 'SERVER_EXTRA_ARGS={value}' >>entrypoint.env")
 
 
+def listener() -> str:
+    """The socket that listens on the gateway's port."""
+    sockets = "/proc/$(docker inspect -f '{{.State.Pid}}' function-gemma-pod)/net/tcp6"
+    return host(f"awk '$2 ~ /:1F40$/ && $4 == \"0A\" {{print $10}}' {sockets}").stdout.strip()
+
+
 # That a standby answers meanwhile is seen where an update is made over SSH, in test_server_guide.py.
 def test_requests_wait_at_the_gateway_where_the_settings_say_so_and_none_fails() -> None:
-    before = containers()
+    before, port = containers(), listener()
     new_setting("--seed 1")
     server(f"touch gateway.env && echo GATEWAY_MAX_BODY=4000000 >>gateway.env && {QUEUE}")
     with clients() as seen:
@@ -50,6 +56,7 @@ def test_requests_wait_at_the_gateway_where_the_settings_say_so_and_none_fails()
     assert update.last == "changed=1"
     assert "the standby takes over" not in update.stdout
     assert replaced(before) == {"vllm-gemma", "gateway-gemma"}
+    assert listener() == port  # who was connected to it and not accepted yet was not cut off
 
 
 def test_a_setting_that_does_not_work_leaves_the_old_release_serving_and_says_why() -> None:

@@ -535,7 +535,8 @@ def test_a_second_gateway_listens_while_the_first_is_replaced(host: Host) -> Non
     order = positions(
         host.calls(),
         "gateway haproxy -c",
-        "--name gateway-gemma-standby -e GATEWAY_SOCKET=/run/gateway/standby.sock gateway",
+        "--name gateway-gemma-standby -e GATEWAY_SOCKET=/run/gateway/standby.sock "
+        "-e GATEWAY_BEFORE=/run/gateway/gateway.sock gateway",
         "exec gateway-gemma-standby",
         "compose up -d --no-build gateway",
         "rm -f gateway-gemma-standby",
