@@ -18,7 +18,7 @@ inside() {
 
 # What HAProxy answers to a command: control COMMAND [CONTAINER]
 control() {
-    local socket=/run/gateway/gateway.sock
+    local socket=$gateway_socket
     [[ ${2-} != gateway-gemma-standby ]] || socket=$gateway_standby_socket
     # shellcheck disable=SC2016  # Perl's own variable
     inside "${2:-gateway-gemma}" perl -MIO::Socket::UNIX -e '
@@ -26,6 +26,7 @@ control() {
         print $gateway shift, "\n";
         print <$gateway>' "$socket" "$1"
 }
+gateway_socket=/run/gateway/gateway.sock
 gateway_standby_socket=/run/gateway/standby.sock
 
 # Of one of the gateway's servers, as BACKEND/NAME: "UP QUEUED RUNNING"
@@ -126,12 +127,12 @@ end_standby() {
 roll_gateway() {
     say "gateway-gemma: a second one takes over while it is replaced"
     touch "$unsettled"
-    compose run -d -T --no-deps --name gateway-gemma-standby -e "GATEWAY_SOCKET=$gateway_standby_socket" -e GATEWAY_BEFORE=/run/gateway/gateway.sock gateway >/dev/null
+    compose run -d -T --no-deps --name gateway-gemma-standby -e "GATEWAY_SOCKET=$gateway_standby_socket" -e "GATEWAY_BEFORE=$gateway_socket" gateway >/dev/null
     await 30s control 'show info' gateway-gemma-standby >/dev/null 2>&1 || die "the new gateway does not start, and nothing was replaced: $(docker logs gateway-gemma-standby 2>&1)"
     compose up -d --no-build gateway || die "the gateway was not replaced, see above; the second one answers, and another run goes on from there"
     await 30s control 'show info' >/dev/null 2>&1 || die "the gateway does not start: docker logs gateway-gemma; the second one answers"
     remove gateway-gemma-standby
-    inside gateway-gemma rm -f "$gateway_standby_socket"
+    inside gateway-gemma rm -f "$gateway_standby_socket"  # a later start would ask there for the port
 }
 
 # What is asked for while it is replaced would wait, for a second or two.
@@ -168,7 +169,7 @@ strategy() {
     local used free
     [[ $update_strategy == auto ]] || { echo "$update_strategy"; return; }
     if [[ $gpu ]]; then
-        read -r used free < <(inside "$1" nvidia-smi --query-gpu=memory.used,memory.free --format=csv,noheader,nounits | tail -n 1 | tr , ' ')
+        read -r used free < <(inside "$1" nvidia-smi --query-gpu=memory.used,memory.free --format=csv,noheader,nounits | grep -m1 '^[0-9]' | tr , ' ')
     else
         used=$(docker top "$1" -eo pid,rss | awk '{sum += $2} END {print sum + 0}')
         free=$(awk '$1 == "MemAvailable:" {print $2}' /proc/meminfo)

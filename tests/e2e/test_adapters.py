@@ -151,7 +151,7 @@ def test_adapters_are_loaded_although_the_engine_does_not_start_a_command_at_onc
     gone = playbook("load_adapter.yml", "-e", "name=lint", "-e", "state=absent")
     assert "SUCCESS: " in gone.words
     assert not is_served("lint")
-    # Asked, checked both, loaded both, unloaded one; the node was looked at.
+    # Asked what is served, checked both, loaded both, unloaded one.
     assert int(host(f"ls {REFUSALS} | wc -l").last) >= 6
 
 

@@ -60,6 +60,7 @@ case "$*" in
         mkdir -p "$FAKE/images"
         echo id > "$FAKE/images/vllm-gemma:$FUNCTION_GEMMA_TAG"
         echo id > "$FAKE/images/tailscale-vllm:$TAILSCALE_VLLM_TAG" ;;
+    "exec "*nvidia-smi*) cat "$FAKE/gpus" ;;
     *nvidia-smi*) [ ! -e "$FAKE/no-gpu" ] || { echo "Failed to initialize NVML"; exit 1; } ;;
     *"vllm-server fetch") [ ! -e "$FAKE/fetch-fails" ] || { echo "no model"; exit 1; } ;;
     "inspect "*)
@@ -485,6 +486,17 @@ def test_a_check_that_the_engine_did_not_start_is_begun_up_to_three_times(
     assert result.returncode == code, result
     assert ("vllm-gemma serves as before" in result.stdout) == bool(code)
     assert host.calls().count("exec vllm-gemma-standby adapter_manager.py check") == 3
+
+
+@pytest.mark.parametrize(("first", "standby"), [("900, 100", False), ("100, 900", True)])
+def test_the_memory_of_the_first_of_several_gpus_decides(host: Host, first: str, standby: bool) -> None:  # noqa: FBT001
+    host.serves()
+    (host.fake / "config").write_text(GPU)
+    (host.fake / "dry-run").write_text(REPLACE_VLLM)
+    other = "900, 100" if standby else "4, 996"
+    (host.fake / "gpus").write_text(f"OCI runtime exec failed\n{first}\n{other}\n")
+    assert host.update("--no-pull").returncode == 0
+    assert ("rm -f vllm-gemma-standby" in host.calls()) == standby
 
 
 def test_requests_wait_where_the_settings_or_the_memory_want_it(host: Host) -> None:
